@@ -1,0 +1,1 @@
+"""What to run: entry points, the command line and the shipped configurations."""

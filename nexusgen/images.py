@@ -1,0 +1,272 @@
+"""Pictures: decoded from untrusted bytes, resized for each role, cut into the vision tower's patches.
+
+Sizes are (height, width) everywhere; PIL's (width, height) is met only here. Resizing follows the released code
+(github.com/modelscope/Nexus-Gen, July 2025: `train/`, `modeling/`); the patches are those of transformers'
+`Qwen2VLImageProcessorPil`, equal to the released processor bit for bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import warnings
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from pydantic import model_validator
+from torch import Tensor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+
+from nexusgen import defaults
+from nexusgen.config import Config
+from nexusgen.errors import SampleError, ShapeError
+
+MAX_IMAGE_PIXELS = 64_000_000  # 8,000 x 8,000; above every camera in the data, 200 MB once decoded
+MAX_ASPECT_RATIO = 200.0  # the limit of Qwen2.5-VL's smart resize
+
+# Formats opened: raster formats that decode in-process. Others (EPS runs Ghostscript, PDF, FITS...) are refused.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "QOI", "DIB")
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class Geometry(Config):
+    """The sizes of a model's images, in pixels; part of its manifest. The defaults are the released model's."""
+
+    patch_size: int = defaults.PATCH_SIZE
+    merge_size: int = defaults.MERGE_SIZE
+    target_size: int = defaults.TARGET_SIZE
+    reference_size: int = defaults.REFERENCE_SIZE
+    min_input_pixels: int = defaults.MIN_INPUT_PIXELS
+    max_input_pixels: int = defaults.MAX_INPUT_PIXELS
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in ("target_size", "reference_size"):
+            size = getattr(self, name)
+            if size <= 0 or size % self.factor:
+                raise ValueError(f"{name} is {size}; it must be a positive multiple of {self.factor}")
+        if self.min_input_pixels > self.max_input_pixels or self.max_input_pixels < self.factor**2:
+            raise ValueError(
+                f"input images of {self.min_input_pixels} to {self.max_input_pixels} pixels: "
+                f"expected a range that holds a token's {self.factor}x{self.factor}"
+            )
+        return self
+
+    @property
+    def factor(self) -> int:
+        """Pixels on a side of one token."""
+        return self.patch_size * self.merge_size
+
+    @property
+    def target_grid(self) -> tuple[int, int]:
+        """Token grid of a target image."""
+        side = self.target_size // self.factor
+        return side, side
+
+    @property
+    def reference_grid(self) -> tuple[int, int]:
+        """Token grid of a reference image."""
+        side = self.reference_size // self.factor
+        return side, side
+
+    @property
+    def num_target_tokens(self) -> int:
+        """Tokens of a target image, which are also the query embeddings of a predicted one."""
+        return self.target_grid[0] * self.target_grid[1]
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """Any picture's bytes as an upright RGB image: first frame, alpha on white, format known by content.
+
+    The pixel count and the aspect ratio are checked in the header, before anything is decoded.
+    Raises: SampleError `image_undecodable`, `image_truncated`, `image_too_large` or `image_shape`.
+    """
+    if not data:
+        raise SampleError("image_undecodable", "the image has no bytes")
+    with warnings.catch_warnings():
+        # Pillow warns about odd metadata and large images; both are judged here. The filter names the module, so that
+        # a thread that leaves it behind hides nothing else.
+        warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
+        try:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                _check_header(image, max_pixels)
+                image.load()
+                orientation = _orientation(image)
+                upright = _to_rgb(image)
+        except SampleError:
+            raise
+        except Image.DecompressionBombError as error:
+            raise SampleError("image_too_large", str(error)) from None
+        except Exception as error:  # decoders fed with damaged bytes raise almost anything, MemoryError included
+            text = f"{type(error).__name__}: {error}"
+            code = "image_truncated" if _speaks_of_truncation(text) else "image_undecodable"
+            raise SampleError(code, text[:300]) from None
+    return upright.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else upright
+
+
+def _check_header(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise SampleError("image_shape", f"{height}x{width} (h x w) pixels")
+    if width * height > max_pixels:
+        raise SampleError("image_too_large", f"{height}x{width} (h x w) pixels; at most {max_pixels:,} are decoded")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise SampleError("image_shape", f"{height}x{width} (h x w); aspect ratios up to {MAX_ASPECT_RATIO:g} are used")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # damaged EXIF raises many things, and a picture without EXIF is upright
+        return 1
+
+
+def _speaks_of_truncation(text: str) -> bool:
+    return any(word in text.lower() for word in ("truncated", "not enough", "ended prematurely"))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return _deep_to_rgb(image)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        # Premultiplied modes reach RGBA by their own conversion; everything else has a direct one.
+        source = image.convert("LA") if image.mode == "La" else image
+        layer = source.convert("RGBA")
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _deep_to_rgb(image: Image.Image) -> Image.Image:
+    """16-bit, 32-bit and float greys as 8 bits: integers keep their high byte, floats count as 0..1 or 0..255."""
+    values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    if image.mode == "F":
+        scaled = values * 255 if values.max() <= 1 else values
+    else:
+        scaled = values / 257 if values.max() > 255 or image.mode != "I" else values
+    grey = np.clip(np.round(scaled), 0, 255).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")
+
+
+def input_size(size: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
+    """(height, width) at which a user's image of `size` is seen: whole tokens, within the model's range of pixels.
+
+    Source: Qwen2.5-VL's smart resize. Raises: SampleError `image_shape` for an aspect ratio above 200.
+    """
+    try:
+        resized: tuple[int, int] = smart_resize(
+            *size, geometry.factor, geometry.min_input_pixels, geometry.max_input_pixels
+        )
+    except ValueError as error:
+        raise SampleError("image_shape", str(error)) from None
+    return resized
+
+
+def input_image(image: Image.Image, geometry: Geometry) -> Image.Image:
+    """A user's image in its own aspect at `input_size`, bicubic. Raises: SampleError as `input_size`."""
+    return _squash(image, input_size((image.height, image.width), geometry), Image.Resampling.BICUBIC)
+
+
+def target_image(image: Image.Image, geometry: Geometry) -> Image.Image:
+    """The image that the autoregressive model learns to predict: squashed to a square, bicubic."""
+    return _squash(image, (geometry.target_size, geometry.target_size), Image.Resampling.BICUBIC)
+
+
+def crop_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Scaled to cover (height, width), bilinear, and centre-cropped: what the decoders' latents are made of.
+
+    Source: DiffSynth-Studio `crop_and_resize`, with torchvision's rounding of sizes and offsets.
+    """
+    height, width = size
+    scale = max(width / image.width, height / image.height)
+    # A covered side may round to one pixel less than it must cover: the crop never leaves the image.
+    scaled = (max(height, round(image.height * scale)), max(width, round(image.width * scale)))
+    covering = _squash(image, scaled, Image.Resampling.BILINEAR)
+    top, left = round((covering.height - height) / 2), round((covering.width - width) / 2)
+    return covering.crop((left, top, left + width, top + height))
+
+
+def reference_image(image: Image.Image, geometry: Geometry, training: bool) -> Image.Image:
+    """The image edited from, as the editing decoder sees it: a square, bicubic in training, bilinear at inference."""
+    resampling = Image.Resampling.BICUBIC if training else Image.Resampling.BILINEAR
+    return _squash(image, (geometry.reference_size, geometry.reference_size), resampling)
+
+
+def image_for_role(image: Image.Image, role: str, geometry: Geometry) -> Image.Image:
+    """The image as stored embeddings of `role` see it (`schema.VISION_ROLES`; references as in training)."""
+    if role == "input":
+        return input_image(image, geometry)
+    if role == "target":
+        return target_image(image, geometry)
+    if role == "crop":
+        return crop_image(image, (geometry.target_size, geometry.target_size))
+    if role == "reference":
+        return reference_image(image, geometry, training=True)
+    raise ValueError(f"unknown role {role!r}")
+
+
+def _squash(image: Image.Image, size: tuple[int, int], resampling: Image.Resampling) -> Image.Image:
+    return image.resize((size[1], size[0]), resampling)
+
+
+def to_patches(
+    images: Sequence[Image.Image], geometry: Geometry
+) -> tuple[Float[Tensor, "patches channels_frames_pixels"], Int[Tensor, "images 3"]]:
+    """RGB images of whole tokens as the vision tower's patches, and each one's patch grid (1, h, w).
+
+    Values are normalised with CLIP's mean and standard deviation; the two frames of a patch are equal.
+    Raises: ShapeError if a side isn't a multiple of a token's.
+    """
+    for image in images:
+        if image.width % geometry.factor or image.height % geometry.factor:
+            raise ShapeError(
+                f"an image of {image.height}x{image.width} (h x w) pixels isn't made of whole tokens of "
+                f"{geometry.factor} pixels"
+            )
+    processor = _image_processor(geometry.patch_size, geometry.merge_size)
+    features = processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+    return features["pixel_values"], features["image_grid_thw"]
+
+
+@functools.cache
+def _image_processor(patch_size: int, merge_size: int) -> Qwen2VLImageProcessorPil:
+    return Qwen2VLImageProcessorPil(patch_size=patch_size, merge_size=merge_size, do_resize=False)
+
+
+def image_processor(geometry: Geometry) -> Qwen2VLImageProcessorPil:
+    """The processor that a model folder stores, so that plain transformers resizes a user's image as we do."""
+    return Qwen2VLImageProcessorPil(
+        patch_size=geometry.patch_size,
+        merge_size=geometry.merge_size,
+        min_pixels=geometry.min_input_pixels,
+        max_pixels=geometry.max_input_pixels,
+    )
+
+
+def to_pixels(images: Sequence[Image.Image]) -> Float[Tensor, "batch 3 height width"]:
+    """RGB images of one size as float32 in [-1, 1], as autoencoders take them. Raises: ShapeError for mixed sizes."""
+    sizes = {image.size for image in images}
+    if len(sizes) != 1:
+        raise ShapeError(f"expected images of one size, found sizes {sorted(sizes)} (w, h)")
+    array = np.stack([np.asarray(image.convert("RGB"), dtype=np.uint8) for image in images])
+    return torch.from_numpy(array).permute(0, 3, 1, 2).float().div(127.5).sub(1.0).contiguous()
+
+
+def from_pixels(pixels: Float[Tensor, "batch 3 height width"]) -> list[Image.Image]:
+    """Images from values in [-1, 1]; values outside are clipped."""
+    array = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(row) for row in array.permute(0, 2, 3, 1).cpu().numpy()]

@@ -1,0 +1,158 @@
+"""The image autoencoder behind the vision decoder: FLUX's AutoencoderKL, or our own small one, used the same way.
+
+Latents here are always scaled: (posterior mean - shift_factor) * scaling_factor, both from the autoencoder's config.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TypeAlias, cast
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nexusgen.errors import ModelError, ShapeError
+
+_LOG_VARIANCE_OF_CERTAINTY = -30.0  # AutoencoderKL's own lower bound
+
+
+class PatchAutoencoder(ModelMixin, ConfigMixin):
+    """Principal components of square pixel patches, arranged as latents of half a patch, four numbers of each channel.
+
+    A patch's components become a 2x2 square of `latent_channels` channels, so that FLUX's 2x2 packing puts one patch
+    into one token. Fitted by `fit_patch_autoencoder`, not trained. Has the parts of AutoencoderKL's interface that we
+    use: `encode(x).latent_dist.mode()`, `decode(z).sample`, `config.{scaling_factor, shift_factor, latent_channels}`.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_channels: int = 32,
+        patch_size: int = 16,
+        scaling_factor: float = 1.0,
+        shift_factor: float = 0.0,
+    ) -> None:
+        super().__init__()
+        shape = (3, patch_size, patch_size)
+        self.components = nn.Parameter(torch.zeros(4 * latent_channels, *shape), requires_grad=False)
+        self.mean = nn.Parameter(torch.zeros(shape), requires_grad=False)
+
+    def encode(self, x: Float[Tensor, "batch 3 height width"]) -> AutoencoderKLOutput:
+        """Pixels in [-1, 1]. Raises: ShapeError if a side isn't a multiple of the patch."""
+        patch = self.mean.shape[-1]
+        if x.shape[-2] % patch or x.shape[-1] % patch:
+            raise ShapeError(f"image of {x.shape[-2]}x{x.shape[-1]} pixels: sides must be multiples of {patch}")
+        offset = (self.components * self.mean).sum(dim=(1, 2, 3))
+        numbers = functional.conv2d(x, self.components, -offset, stride=patch)
+        mean = functional.pixel_shuffle(numbers, 2)
+        parameters = torch.cat([mean, torch.full_like(mean, _LOG_VARIANCE_OF_CERTAINTY)], dim=1)
+        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(parameters, deterministic=True))
+
+    def decode(self, z: Float[Tensor, "batch channels latent_height latent_width"]) -> DecoderOutput:
+        """Unscaled latents to pixels, about [-1, 1]."""
+        patch = self.mean.shape[-1]
+        numbers = functional.pixel_unshuffle(z, 2)
+        rows, columns = numbers.shape[-2:]
+        pixels = functional.conv_transpose2d(numbers, self.components, stride=patch)
+        return DecoderOutput(sample=pixels + self.mean.repeat(1, rows, columns))
+
+
+ImageAutoencoder: TypeAlias = AutoencoderKL | PatchAutoencoder
+
+
+def fit_patch_autoencoder(
+    images: UInt8[np.ndarray, "images height width 3"], num_components: int, patch_size: int = 16
+) -> PatchAutoencoder:
+    """Principal components of all aligned patches; latents have unit variance over all channels together.
+
+    One scale for all channels: an error in a latent then weighs as much as the same error in pixels.
+    Raises: ShapeError if sides aren't multiples of the patch, or `num_components` isn't a multiple of 4.
+    """
+    count, height, width, _ = images.shape
+    if height % patch_size or width % patch_size:
+        raise ShapeError(f"images of {height}x{width} pixels: sides must be multiples of {patch_size}")
+    if num_components % 4:
+        raise ShapeError(f"{num_components} components: must be a multiple of 4, FLUX packs 2x2 latents into a token")
+    grid = images.reshape(count, height // patch_size, patch_size, width // patch_size, patch_size, 3)
+    patches = grid.transpose(0, 1, 3, 5, 2, 4).reshape(-1, 3 * patch_size * patch_size)
+    data = torch.from_numpy(patches.astype(np.float32) / 127.5 - 1)
+    mean = data.mean(dim=0)
+    centred = data - mean
+    covariance = (centred.T @ centred).double() / len(centred)
+    variances, vectors = torch.linalg.eigh(covariance)  # ascending
+    kept = vectors[:, -num_components:].flip(1).T
+    deviation = float(variances[-num_components:].mean().sqrt())
+    autoencoder = PatchAutoencoder(num_components // 4, patch_size, scaling_factor=1 / deviation)
+    shape = (3, patch_size, patch_size)
+    autoencoder.components.copy_(kept.reshape(-1, *shape))
+    autoencoder.mean.copy_(mean.reshape(shape))
+    return autoencoder.eval()
+
+
+def load_autoencoder(
+    folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> ImageAutoencoder:
+    """Load a diffusers folder by the `_class_name` of its config. Raises: ModelError if it isn't one that we know."""
+    path = folder / "config.json"
+    try:
+        name = json.loads(path.read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder} is not an autoencoder's folder: {path.name} can't be read: {error}") from None
+    classes: dict[str, type[ModelMixin]] = {cls.__name__: cls for cls in (AutoencoderKL, PatchAutoencoder)}
+    if name not in classes:
+        raise ModelError(f"{path}: _class_name {name!r}; known autoencoders: {', '.join(classes)}")
+    try:
+        autoencoder, info = classes[name].from_pretrained(
+            folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{folder}: the autoencoder can't be loaded: {error}") from None
+    problems = [f"missing {key}" for key in info["missing_keys"]] + [f"unexpected {k}" for k in info["unexpected_keys"]]
+    if problems:
+        raise ModelError(f"{folder}: the weights don't fit {name}: {'; '.join(problems[:12])}")
+    return cast(ImageAutoencoder, autoencoder.to(device).eval())
+
+
+def latent_shape(autoencoder: ImageAutoencoder, image_size: tuple[int, int]) -> tuple[int, int, int]:
+    """(channels, height, width) of the latents of an image of (height, width) pixels.
+
+    Raises: ShapeError if the sides aren't multiples of what one token of the decoder covers (2x2 latent pixels).
+    """
+    config = autoencoder.config
+    if isinstance(autoencoder, PatchAutoencoder):
+        factor = config.patch_size // 2
+    else:
+        factor = 2 ** (len(config.block_out_channels) - 1)
+    height, width = image_size
+    if height % (2 * factor) or width % (2 * factor):
+        raise ShapeError(f"image of {height}x{width} pixels: sides must be multiples of {2 * factor}")
+    return config.latent_channels, height // factor, width // factor
+
+
+@torch.no_grad()
+def encode_latents(
+    autoencoder: ImageAutoencoder, pixels: Float[Tensor, "batch 3 height width"]
+) -> Float[Tensor, "batch channels latent_height latent_width"]:
+    """Scaled latents (posterior mean) of pixels in [-1, 1]."""
+    mean = autoencoder.encode(pixels.to(autoencoder.device, autoencoder.dtype)).latent_dist.mode()
+    latents: Tensor = (mean - (autoencoder.config.shift_factor or 0.0)) * autoencoder.config.scaling_factor
+    return latents
+
+
+@torch.no_grad()
+def decode_latents(
+    autoencoder: ImageAutoencoder, latents: Float[Tensor, "batch channels latent_height latent_width"]
+) -> Float[Tensor, "batch 3 height width"]:
+    """Pixels in [-1, 1], cut off there, of scaled latents."""
+    config = autoencoder.config
+    unscaled = latents.to(autoencoder.device, autoencoder.dtype) / config.scaling_factor + (config.shift_factor or 0.0)
+    pixels: Tensor = autoencoder.decode(unscaled).sample
+    return pixels.clamp(-1, 1)

@@ -1,0 +1,318 @@
+"""Vision decoder: a conditioner and diffusers' FLUX transformer, from image embeddings to the velocity of latents.
+
+Folder layout: `conditioner.json` (DecoderConfig), `conditioner.safetensors`, `transformer/` as diffusers saves it.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import FluxTransformer2DModel
+from diffusers.models.embeddings import CombinedTimestepGuidanceTextProjEmbeddings
+from huggingface_hub import save_torch_state_dict
+from jaxtyping import Float, Shaped
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from nexusgen import defaults
+from nexusgen.config import Config
+from nexusgen.errors import ModelError, ShapeError
+from nexusgen.flow_matching import VelocityFunction, guide
+from nexusgen.model.conditioners import GenerationConditioner
+from nexusgen.model.decoder_keys import from_released
+from nexusgen.model.tensors import iterate_file, iterate_tensors, load_strictly, save_tensors
+from nexusgen.positions import TokenPositions, flux_image_ids, flux_token_ids
+
+_TOKENS_PER_SIDE = defaults.TARGET_SIZE // (defaults.PATCH_SIZE * defaults.MERGE_SIZE)
+_SINUSOID_SIZE = 256  # FLUX.1 [dev], fixed in diffusers' class
+# This frequency lies almost in the middle between two fp32 numbers (0.479 of the way up). The machine that recorded the
+# reference's predictions took the upper one: with it all of them agree to 1e-6, without it some differ by 6e-6.
+_ROUNDED_UP = 12
+_TRANSFORMER_STEM = "diffusion_pytorch_model"
+
+
+class DecoderConfig(Config):
+    """What a decoder folder's `conditioner.json` says; the defaults are the released generation decoder's."""
+
+    conditioner: Literal["generation"] = "generation"
+    embedding_dim: int = 3584  # hidden size of Qwen2.5-VL-7B
+    context_dim: int = 4096  # `joint_attention_dim` of FLUX.1 [dev]
+    token_grid: tuple[int, int] = (_TOKENS_PER_SIDE, _TOKENS_PER_SIDE)  # (height, width) of the image's embeddings
+    token_positions: TokenPositions = "zeros"
+    guidance_scale: float = defaults.GUIDANCE_SCALE
+
+
+# Source: the transformer's config.json on FLUX.1 [dev]'s model page.
+RELEASED_TRANSFORMER: Mapping[str, Any] = {
+    "patch_size": 1,
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+    "axes_dims_rope": (16, 56, 56),
+}
+
+
+def released_decoder_config() -> tuple[DecoderConfig, dict[str, Any]]:
+    """Sizes of the released generation decoder: its own config and that of its FLUX.1 [dev] transformer."""
+    return DecoderConfig(), dict(RELEASED_TRANSFORMER)
+
+
+class ModulationEmbedding(nn.Module):
+    """Timestep, guidance and pooled prompt as the vector that modulates every block; stands in for diffusers' module.
+
+    diffusers rounds the timestep to the model's dtype before it is embedded; the released model embeds it in fp32 (in
+    bf16, 613.25 would become 612 and the prediction be off by up to 17 %). The transformer hands `pooled_projections`
+    through as they are, so `embed` makes the vector beforehand and `forward` only passes it on. Parameters and their
+    names are those of the module it replaces.
+    """
+
+    def __init__(self, plain: CombinedTimestepGuidanceTextProjEmbeddings) -> None:
+        super().__init__()
+        self.timestep_embedder = plain.timestep_embedder
+        self.guidance_embedder = plain.guidance_embedder
+        self.text_embedder = plain.text_embedder
+
+    def embed(
+        self, timestep: Float[Tensor, " batch"], guidance_scale: float, pooled: Float[Tensor, "1 pooled"]
+    ) -> Float[Tensor, "batch inner"]:
+        """`timestep` in 0..1000."""
+        dtype = self.timestep_embedder.linear_1.weight.dtype
+        # In bf16 the guidance of 3.5 * 1000 becomes 3504: so it was when the released weights were trained.
+        guidance = torch.tensor([guidance_scale], dtype=dtype, device=timestep.device) * 1000
+        time = self.timestep_embedder(sinusoid(timestep).to(dtype))
+        constant = self.guidance_embedder(sinusoid(guidance).to(dtype)) + self.text_embedder(pooled.to(dtype))
+        modulation: Tensor = time + constant
+        return modulation
+
+    def forward(self, _timestep: Tensor, modulation: Float[Tensor, "batch inner"]) -> Float[Tensor, "batch inner"]:
+        return modulation
+
+
+def sinusoid(values: Float[Tensor, " values"]) -> Float[Tensor, "values 256"]:
+    """Cosines, then sines of a number (a timestep, or guidance times 1000) at 128 frequencies, in fp32.
+
+    diffusers' `get_timestep_embedding`, made independent of the machine: the exponential of fp32 differs between
+    processors in the last bit of a few frequencies, which, times 3500, moves predictions by 5e-6. Here it is taken in
+    fp64 and rounded.
+    """
+    half = _SINUSOID_SIZE // 2
+    exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32) / half
+    frequencies = exponents.double().exp().float()
+    frequencies[_ROUNDED_UP].nextafter_(torch.tensor(1.0))
+    angles = values.float()[:, None] * frequencies.to(values.device)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class VisionDecoder(nn.Module):
+    """Predicts the velocity of noisy latents under image embeddings. `transformer` is diffusers' own class."""
+
+    def __init__(self, config: DecoderConfig, transformer: FluxTransformer2DModel) -> None:
+        """Raises: ModelError if the transformer doesn't fit the config."""
+        super().__init__()
+        if transformer.config.joint_attention_dim != config.context_dim:
+            raise ModelError(
+                f"the conditioner makes context of {config.context_dim} numbers, the transformer takes "
+                f"{transformer.config.joint_attention_dim}; context_dim and joint_attention_dim must be equal"
+            )
+        if not transformer.config.guidance_embeds:
+            raise ModelError("the transformer has no guidance embedding (guidance_embeds); FLUX.1 [dev]'s is needed")
+        transformer.time_text_embed = ModulationEmbedding(transformer.time_text_embed)
+        self.config = config
+        self.conditioner = GenerationConditioner(config.embedding_dim, config.context_dim)
+        self.transformer = transformer
+
+    @classmethod
+    def from_config(cls, config: DecoderConfig, transformer: Mapping[str, Any]) -> VisionDecoder:
+        """A decoder with random weights; `transformer` holds FluxTransformer2DModel's sizes. May be on meta."""
+        return cls(config, FluxTransformer2DModel(**transformer))
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self.transformer.config.in_channels) // 4
+
+    def forward(
+        self,
+        latents: Float[Tensor, "batch channels height width"],
+        timestep: Float[Tensor, " batch"],
+        embeddings: Float[Tensor, "batch tokens embedding"],
+        pooled: Float[Tensor, "1 pooled"],
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Velocity of latents at `timestep` (0..1000, one per sample) under image embeddings."""
+        return self.velocity(latents, timestep, self.context(embeddings), pooled, self.token_ids(latents))
+
+    def context(self, embeddings: Float[Tensor, "batch tokens embedding"]) -> Float[Tensor, "batch tokens context"]:
+        """What the transformer attends to; sampling computes it once. Raises: ShapeError on another size or count."""
+        rows, columns = self.config.token_grid
+        if embeddings.shape[1:] != (rows * columns, self.config.embedding_dim):
+            raise ShapeError(
+                f"image embeddings of shape {tuple(embeddings.shape)}; this decoder takes {rows}x{columns} tokens of "
+                f"{self.config.embedding_dim} numbers"
+            )
+        context: Tensor = self.conditioner(embeddings.to(self.conditioner[0].weight.dtype))
+        return context
+
+    def token_ids(self, latents: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "tokens 3"]:
+        """Rope ids of the context's tokens, for latents of this size."""
+        height, width = latents.shape[-2:]
+        return flux_token_ids(self.config.token_grid, (height, width), self.config.token_positions)
+
+    def velocity(
+        self,
+        latents: Float[Tensor, "batch channels height width"],
+        timestep: Float[Tensor, " batch"],
+        context: Float[Tensor, "batch tokens context"],
+        pooled: Float[Tensor, "1 pooled"],
+        token_ids: Float[Tensor, "tokens 3"],
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Velocity under a context that is already computed, in the dtype of the weights."""
+        height, width = latents.shape[-2:]
+        dtype: torch.dtype = self.transformer.x_embedder.weight.dtype
+        modulation = self.transformer.time_text_embed.embed(timestep, self.config.guidance_scale, pooled)
+        tokens = self.transformer(
+            hidden_states=pack_latents(latents.to(dtype)),
+            encoder_hidden_states=context.to(dtype),
+            pooled_projections=modulation,
+            timestep=timestep,
+            img_ids=flux_image_ids((height, width)).to(latents.device),
+            txt_ids=token_ids.to(latents.device),
+            return_dict=False,
+        )[0]
+        return unpack_latents(tokens, (height, width))
+
+    def velocity_function(
+        self,
+        context: Float[Tensor, "batch tokens context"],
+        pooled: Float[Tensor, "1 pooled"],
+        negative_context: Float[Tensor, "1 negative_tokens context"] | None = None,
+        true_cfg_scale: float = 1.0,
+    ) -> VelocityFunction:
+        """The velocity under one context, for `euler_sample`; two passes where `true_cfg_scale` isn't 1.
+
+        The negative context is the text embedding of the empty prompt: all its rope ids are zero.
+        Raises: ModelError if two-pass guidance is asked for without a negative context.
+        """
+
+        def conditional(latents: Tensor, timestep: Tensor) -> Tensor:
+            return self.velocity(latents, timestep, context, pooled, self.token_ids(latents))
+
+        if true_cfg_scale == 1.0:
+            return conditional
+        if negative_context is None:
+            raise ModelError(
+                f"true_cfg_scale {true_cfg_scale} needs the model's negative context, which it doesn't have"
+            )
+        negative = negative_context
+
+        def unconditional(latents: Tensor, timestep: Tensor) -> Tensor:
+            repeated = negative.expand(len(latents), -1, -1)
+            return self.velocity(latents, timestep, repeated, pooled, torch.zeros(negative.shape[1], 3))
+
+        return guide(conditional, unconditional, true_cfg_scale)
+
+
+def pack_latents(latents: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch tokens packed"]:
+    """2x2 patches of latents as tokens in raster order; a token's numbers are ordered (channel, row, column)."""
+    return nn.functional.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
+
+
+def unpack_latents(
+    tokens: Float[Tensor, "batch tokens packed"], latent_hw: tuple[int, int]
+) -> Float[Tensor, "batch channels height width"]:
+    """The inverse of `pack_latents`; `latent_hw` in latent pixels."""
+    height, width = latent_hw
+    grid = tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2))
+    return nn.functional.pixel_shuffle(grid, 2)
+
+
+def initialise_for_training(decoder: VisionDecoder, seed: int) -> None:
+    """Fill a decoder that is to be trained from scratch.
+
+    Linear layers are Xavier-uniform with zero biases; every block's modulation, the final one and the output projection
+    are zero, so that blocks start as the identity and the first prediction is zero. Source: DiT (arXiv 2212.09748,
+    section 3.2, adaLN-Zero). diffusers' default initialisation learns visibly slower.
+    """
+    transformer = decoder.transformer
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    modulations = [
+        norm.linear for block in blocks for name, norm in block.named_children() if _is_modulation(name, norm)
+    ]
+    generator = torch.Generator("cpu").manual_seed(seed)
+    with torch.no_grad():
+        for module in decoder.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+                nn.init.zeros_(module.bias)
+        for linear in (*modulations, transformer.norm_out.linear, transformer.proj_out):
+            nn.init.zeros_(linear.weight)
+
+
+def _is_modulation(name: str, module: nn.Module) -> bool:
+    return name.startswith("norm") and hasattr(module, "linear")
+
+
+def load_released_weights(decoder: VisionDecoder, path: Path, dtype: torch.dtype | None = None) -> None:
+    """Fill a decoder (it may be on meta) from a released `generation_decoder.bin` or its safetensors twin.
+
+    `dtype` None keeps the file's. Raises: ModelError if the file can't be read or its tensors don't fit exactly.
+    """
+    state = from_released(_read_released(path))
+    load_strictly(decoder, {name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}, str(path))
+
+
+def _read_released(path: Path) -> dict[str, Shaped[Tensor, ...]]:
+    if path.suffix == ".safetensors":
+        return dict(iterate_file(path))
+    try:
+        # weights_only: a checkpoint of pickled objects is refused, not run. mmap: tensors are read as they are used.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{path} can't be read as a checkpoint of plain tensors: {reason}") from None
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ModelError(f"{path}: expected a flat mapping of names to tensors")
+    return state
+
+
+def save_decoder(decoder: VisionDecoder, folder: Path, dtype: torch.dtype) -> None:
+    """Write the decoder's folder, floating tensors in `dtype`; plain diffusers can open `transformer/`."""
+    transformer_folder = folder / "transformer"
+    transformer_folder.mkdir(parents=True, exist_ok=True)
+    (folder / "conditioner.json").write_text(decoder.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    save_tensors(decoder.conditioner.state_dict(), folder / "conditioner.safetensors", dtype)
+    decoder.transformer.to_json_file(transformer_folder / "config.json")
+    state = {name: tensor.detach().to("cpu", dtype) for name, tensor in decoder.transformer.state_dict().items()}
+    save_torch_state_dict(state, transformer_folder, filename_pattern=_TRANSFORMER_STEM + "{suffix}.safetensors")
+
+
+def load_decoder(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> VisionDecoder:
+    """Load a decoder's folder for inference. Raises: ModelError if it isn't one or its tensors don't fit exactly."""
+    config = read_decoder_config(folder)
+    try:
+        sizes = FluxTransformer2DModel.load_config(folder / "transformer", local_files_only=True)
+    except OSError as error:
+        raise ModelError(f"{folder}: no transformer that diffusers can open: {error}") from None
+    with torch.device("meta"):
+        decoder = VisionDecoder(config, FluxTransformer2DModel.from_config(sizes))
+    state = {f"conditioner.{name}": tensor for name, tensor in iterate_file(folder / "conditioner.safetensors")}
+    state |= {f"transformer.{name}": t for name, t in iterate_tensors(folder / "transformer", _TRANSFORMER_STEM)}
+    load_strictly(decoder, {name: tensor.to(device, dtype) for name, tensor in state.items()}, str(folder))
+    return decoder.eval()
+
+
+def read_decoder_config(folder: Path) -> DecoderConfig:
+    """Raises: ModelError if the folder has no readable `conditioner.json`."""
+    path = folder / "conditioner.json"
+    try:
+        return DecoderConfig.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValidationError) as error:
+        raise ModelError(f"{folder} is not a decoder's folder: {path.name} can't be read: {error}") from None

@@ -1,0 +1,265 @@
+"""Model folders: names of weights, reading, writing and fingerprints. safetensors only, never pickle.
+
+Layout (what `register` publishes, `serve` loads, and plain transformers and diffusers open) stands in the README of
+this folder; `nexusgen.json` (the `Manifest`) says which parts are present, their fingerprints and the image sizes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from jaxtyping import Shaped
+from pydantic import Field, ValidationError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig
+
+from nexusgen import __version__
+from nexusgen.config import Config
+from nexusgen.errors import ModelError
+from nexusgen.images import Geometry, image_processor
+from nexusgen.model.autoencoder import ImageAutoencoder, load_autoencoder
+from nexusgen.model.autoregressive import AutoregressiveModel
+from nexusgen.model.decoder import VisionDecoder, load_decoder, save_decoder
+from nexusgen.model.tensors import iterate_tensors, load_strictly, save_tensors
+from nexusgen.prompts import load_tokenizer
+
+MANIFEST_NAME = "nexusgen.json"
+PARTS = ("autoregressive", "generation_decoder", "vae")
+_RELEASED_TO_MODULE = (
+    (re.compile(r"^visual\."), "qwen.model.visual."),
+    (re.compile(r"^model\."), "qwen.model.language_model."),
+    (re.compile(r"^lm_head\."), "qwen.lm_head."),
+)
+_MODULE_TO_RELEASED = (
+    (re.compile(r"^qwen\.model\.visual\."), "visual."),
+    (re.compile(r"^qwen\.model\.language_model\."), "model."),
+    (re.compile(r"^qwen\.lm_head\."), "lm_head."),
+)
+
+
+class Manifest(Config):
+    """`nexusgen.json`: what a model folder holds and where it came from."""
+
+    version: str = __version__
+    parts: tuple[str, ...]
+    fingerprints: dict[str, str]  # sha256 by part, over names, shapes and bytes of its tensors; `vision` is the tower's
+    fingerprint: str  # of the whole folder: sha256 over the parts' fingerprints
+    geometry: Geometry
+    image_size: tuple[int, int]  # (height, width) in pixels that the decoder makes by default
+    num_inference_steps: int
+    true_cfg_scale: float
+    lineage: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass
+class Model:
+    """A loaded model folder; parts that are absent, or weren't asked for, are None."""
+
+    folder: Path
+    manifest: Manifest
+    tokenizer: PreTrainedTokenizerBase | None = None
+    autoregressive: AutoregressiveModel | None = None
+    generation_decoder: VisionDecoder | None = None
+    autoencoder: ImageAutoencoder | None = None
+    scheduler: FlowMatchEulerDiscreteScheduler | None = None
+    pooled_prompt: Shaped[Tensor, "1 pooled"] | None = None  # CLIP of the empty prompt, a constant of the model
+    negative_context: Shaped[Tensor, "1 tokens context"] | None = None  # T5 of the empty prompt, for two-pass guidance
+
+
+def module_key(released: str) -> str:
+    """A released checkpoint's key as a name in `AutoregressiveModel`."""
+    return _rename(released, _RELEASED_TO_MODULE)
+
+
+def released_key(module: str) -> str:
+    """A name in `AutoregressiveModel` as the released checkpoint's key."""
+    return _rename(module, _MODULE_TO_RELEASED)
+
+
+def _rename(name: str, rules: Sequence[tuple[re.Pattern[str], str]]) -> str:
+    for pattern, replacement in rules:
+        renamed, count = pattern.subn(replacement, name)
+        if count:
+            return renamed
+    return name
+
+
+def demo_base() -> Path:
+    """The tiny base model that ships with the project; made by `nexusgen make-base`."""
+    return Path(__file__).parent.parent / "demo_base"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises: ModelError if the folder has no readable `nexusgen.json`."""
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise ModelError(f"{folder} is not a model folder: it holds no {MANIFEST_NAME}")
+    try:
+        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+    except (ValidationError, ValueError) as error:
+        raise ModelError(f"{path} can't be read as a model manifest: {error}") from None
+
+
+def load_model(
+    folder: Path,
+    parts: Iterable[str] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Model:
+    """Load a model folder, or some of its parts, for inference.
+
+    Raises: ModelError if the folder isn't a model, lacks a part asked for, or tensors are missing or left over.
+    """
+    manifest = read_manifest(folder)
+    wanted = tuple(parts) if parts is not None else manifest.parts
+    absent = [part for part in wanted if part not in manifest.parts]
+    if absent:
+        raise ModelError(f"{folder} has no part {', '.join(absent)}; it holds {', '.join(manifest.parts) or 'nothing'}")
+    model = Model(folder, manifest)
+    if "autoregressive" in wanted:
+        model.tokenizer = load_tokenizer(folder / "autoregressive")
+        model.autoregressive = load_autoregressive(folder / "autoregressive", manifest.geometry, dtype, device)
+    if "generation_decoder" in wanted:
+        model.generation_decoder = load_decoder(folder / "decoders" / "generation", dtype, device)
+        constants = load_file(folder / "prompt_constants.safetensors", device=str(device))
+        model.pooled_prompt = constants["pooled_prompt"].to(dtype)
+        model.negative_context = constants["negative_context"].to(dtype)
+        model.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+    if "vae" in wanted:
+        model.autoencoder = load_autoencoder(folder / "vae", dtype, device)
+    return model
+
+
+def load_autoregressive(
+    folder: Path, geometry: Geometry, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> AutoregressiveModel:
+    """Load the released layout: `config.json` beside one or several safetensors files with the released key names.
+
+    Raises: ModelError naming every missing and unexpected tensor.
+    """
+    config = read_autoregressive_config(folder)
+    with torch.device("meta"):
+        model = AutoregressiveModel(config, geometry)
+    state = {module_key(name): tensor.to(device, dtype) for name, tensor in iterate_tensors(folder)}
+    load_strictly(model, state, str(folder))
+    for module in model.modules():
+        # Rotary tables are derived from the config, not stored: rebuild what the meta device left empty.
+        if hasattr(module, "inv_freq") and module.inv_freq.device.type == "meta":
+            fresh = type(module)(module.config)
+            module.inv_freq = fresh.inv_freq.to(device)
+            module.original_inv_freq = fresh.inv_freq.clone().to(device)
+    return model.eval()
+
+
+def read_autoregressive_config(folder: Path) -> Qwen2_5_VLConfig:
+    """A Qwen2.5-VL config in the flat style of transformers 4.49 or the style of Qwen's hub files."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no config.json of a Qwen2.5-VL model")
+    return Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True)
+
+
+def tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 over name, dtype, shape and bytes of tensors, whatever their order."""
+    digests = []
+    for name, tensor in tensors:
+        digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        digests.append(digest.hexdigest())
+    return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
+
+
+def save_autoregressive(
+    model: AutoregressiveModel, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> None:
+    """Write `autoregressive/`: released key names, config, tokenizer and image processor files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {released_key(name): tensor for name, tensor in model.state_dict().items()}
+    save_tensors(state, folder / "model.safetensors", dtype)
+    model.config.dtype = dtype
+    model.config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
+    model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    image_processor(model.geometry).save_pretrained(folder)
+
+
+def write_manifest(folder: Path, **values: Any) -> Manifest:
+    """Fingerprint the parts found in a model folder and write its `nexusgen.json`."""
+    fingerprints = _part_fingerprints(folder)
+    parts = tuple(part for part in PARTS if part in fingerprints)
+    whole = hashlib.sha256(json.dumps([fingerprints, str(values.get("geometry"))], sort_keys=True).encode()).hexdigest()
+    manifest = Manifest(parts=parts, fingerprints=fingerprints, fingerprint=whole[:16], **values)
+    (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return manifest
+
+
+def _part_fingerprints(folder: Path) -> dict[str, str]:
+    fingerprints = {}
+    if (folder / "autoregressive").is_dir():
+        tensors = list(iterate_tensors(folder / "autoregressive"))
+        fingerprints["autoregressive"] = tensors_fingerprint(tensors)
+        fingerprints["vision"] = tensors_fingerprint((n, t) for n, t in tensors if n.startswith("visual."))
+    for part, place in (("generation_decoder", "decoders/generation"), ("vae", "vae")):
+        if (folder / place).is_dir():
+            files = sorted((folder / place).rglob("*.safetensors"))
+            tensors = [(f"{f.stem}/{name}", t) for f in files for name, t in load_file(f).items()]
+            fingerprints[part] = tensors_fingerprint(tensors)
+    return fingerprints
+
+
+def assemble_model(
+    base: Path,
+    out: Path,
+    *,
+    autoregressive: Path | None,
+    generation_decoder: Path | None,
+    lineage: Mapping[str, Any],
+    dtype: torch.dtype = torch.bfloat16,
+) -> Manifest:
+    """Make a model folder from a base and trained weights; the folder appears whole or not at all.
+
+    `autoregressive` and `generation_decoder` are safetensors files with the trained module's own tensor names; tensors
+    that training left alone (the frozen vision tower) may be absent and are taken from the base.
+    Raises: ModelError if a trained tensor has no place in the base.
+    """
+    manifest = read_manifest(base)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        shutil.copytree(base, staging, dirs_exist_ok=True)
+        if autoregressive is not None:
+            model = load_autoregressive(base / "autoregressive", manifest.geometry)
+            _update(model, autoregressive)
+            save_autoregressive(model, staging / "autoregressive", load_tokenizer(base / "autoregressive"), dtype)
+        if generation_decoder is not None:
+            decoder = load_decoder(base / "decoders" / "generation")
+            _update(decoder, generation_decoder)
+            save_decoder(decoder, staging / "decoders" / "generation", dtype)
+        values = manifest.model_dump(exclude={"version", "parts", "fingerprints", "fingerprint", "lineage"})
+        result = write_manifest(staging, lineage=dict(lineage), **values)
+        if out.exists():
+            shutil.rmtree(out)
+        staging.chmod(0o755)
+        staging.rename(out)
+        return result
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _update(module: torch.nn.Module, path: Path) -> None:
+    state = dict(module.state_dict())
+    trained = load_file(path)
+    unexpected = [name for name in trained if name not in state]
+    if unexpected:
+        raise ModelError(f"{path} holds tensors that the base has no place for: {', '.join(unexpected[:12])}")
+    load_strictly(module, {**state, **trained}, str(path))

@@ -1,0 +1,231 @@
+"""Conversations as token ids: roles, image marks, chat template, labels; the paper's prompt templates.
+
+Source of the template: Qwen2.5's chat format (`<|im_start|>role\\ncontent<|im_end|>\\n`) and the released system prompt.
+Text from data or users never becomes a control token: it is tokenised with special tokens split into plain text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from nexusgen import defaults
+from nexusgen.errors import InputError, ModelError, SampleError, ShapeError
+from nexusgen.positions import conversation_positions
+from nexusgen.schema import IMAGE_MARK, Message, Task
+
+IGNORED_LABEL = -100
+CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|endoftext|>")
+MAX_PROMPT_CHARACTERS = 32_768  # about 8,000 tokens of English: room for any prompt that fits the model's context
+
+TokenGrid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A tokenised conversation. `labels` is -100 where nothing is learned; image_pad stays at target positions."""
+
+    input_ids: Int[np.ndarray, " length"]
+    labels: Int[np.ndarray, " length"]
+    position_ids: Int[np.ndarray, "3 length"]
+    next_position: int
+
+
+def task_of(messages: Sequence[Message]) -> Task:
+    """The task that a conversation is: who says images decides, never a field of the data."""
+    said_by = {
+        role: sum(m.content.count(IMAGE_MARK) for m in messages if m.role == role) for role in ("user", "assistant")
+    }
+    if said_by["assistant"]:
+        return "editing" if said_by["user"] else "generation"
+    return "understanding"
+
+
+def image_roles(messages: Sequence[Message]) -> list[str]:
+    """Who says each image, in order: `user` or `assistant`."""
+    return [m.role for m in messages for _ in range(m.content.count(IMAGE_MARK))]
+
+
+def validate_messages(messages: Sequence[Message], num_images: int) -> None:
+    """Check a sample's conversation: user and assistant in turn, text in every answer, marks matching images.
+
+    Raises: SampleError `messages_invalid` or `text_invalid`.
+    """
+    turns = [m for m in messages if m.role != "system"]
+    if len(messages) - len(turns) > 1 or (len(turns) != len(messages) and messages[0].role != "system"):
+        raise SampleError("messages_invalid", "a system message may only stand first")
+    if not turns:
+        raise SampleError("messages_invalid", "no messages")
+    for index, message in enumerate(turns):
+        expected = ("user", "assistant")[index % 2]
+        if message.role != expected:
+            raise SampleError("messages_invalid", f"message {index} is said by {message.role!r}, expected {expected!r}")
+        if not message.content.strip():
+            raise SampleError("text_invalid", f"message {index} ({message.role}) is empty")
+        _check_unicode(message.content, index)
+    if turns[-1].role != "assistant":
+        raise SampleError("messages_invalid", "the last message must be the assistant's")
+    marks = sum(m.content.count(IMAGE_MARK) for m in messages)
+    if marks != num_images:
+        raise SampleError("messages_invalid", f"{marks} {IMAGE_MARK} marks in the text, {num_images} images")
+
+
+def _check_unicode(text: str, index: int) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise SampleError("text_invalid", f"message {index} isn't valid Unicode: {error.reason}") from None
+
+
+_GENERATION_REPLY = {
+    "en": f"Here is an image based on the description: {IMAGE_MARK}",
+    "zh": f"这是根据您的描述生成的图像：{IMAGE_MARK}",
+}
+_GENERATION_REQUEST = {
+    "en": "Please generate an image based on the following description: {}",
+    "zh": "请根据以下描述生成一张图像：{}",
+}
+_UNDERSTANDING_REQUEST = {"en": f"{IMAGE_MARK}\nDescribe this image.", "zh": f"{IMAGE_MARK}\n请描述这张图片。"}
+
+
+def generation_messages(caption: str, lang: str) -> tuple[Message, ...]:
+    """An image-text pair as a generation sample, in the caption's language (English unless `zh`)."""
+    key = "zh" if lang == "zh" else "en"
+    return (
+        Message("user", _GENERATION_REQUEST[key].format(plain_text(caption))),
+        Message("assistant", _GENERATION_REPLY[key]),
+    )
+
+
+def understanding_messages(caption: str, lang: str) -> tuple[Message, ...]:
+    """An image-text pair as an understanding sample: describe the image."""
+    key = "zh" if lang == "zh" else "en"
+    return (Message("user", _UNDERSTANDING_REQUEST[key]), Message("assistant", plain_text(caption)))
+
+
+def plain_text(text: str) -> str:
+    """Text in which an image mark, being the data's own words, is no mark."""
+    return text.replace(IMAGE_MARK, "< image >")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder. Raises: ModelError if it is absent or lacks control tokens."""
+    if not (folder / "tokenizer_config.json").is_file():
+        raise ModelError(f"{folder}: no tokenizer_config.json; expected a tokenizer beside the language model")
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    missing = [token for token in CONTROL_TOKENS if token not in tokenizer.get_added_vocab()]
+    if missing:
+        raise ModelError(f"{folder}: the tokenizer lacks the control tokens {', '.join(missing)}")
+    return tokenizer
+
+
+class _Tokens:
+    """Accumulates ids and labels; adjacent text is tokenised as one string, as the chat template would."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.labels: list[int] = []
+        self._text = ""
+        self._text_learned = False
+
+    def text(self, text: str, learned: bool) -> None:
+        if learned != self._text_learned:
+            self.flush()
+            self._text_learned = learned
+        self._text += text
+
+    def control(self, token: str, learned: bool, count: int = 1) -> None:
+        self.flush()
+        ids = [self.tokenizer.convert_tokens_to_ids(token)] * count
+        self.ids += ids
+        self.labels += ids if learned else [IGNORED_LABEL] * count
+
+    def flush(self) -> None:
+        if self._text:
+            ids = encode_text(self.tokenizer, self._text)
+            self.ids += ids
+            self.labels += ids if self._text_learned else [IGNORED_LABEL] * len(ids)
+            self._text = ""
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of plain text; control tokens written in it are spelled out as ordinary text."""
+    encoded: Any = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+    ids: list[int] = encoded["input_ids"]
+    return ids
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], grids: Sequence[TokenGrid]
+) -> Conversation:
+    """A whole conversation for training; `grids` gives each image's token grid (h, w), in order.
+
+    Learned: every assistant turn's text, its image blocks and its `<|im_end|>`.
+    Raises: ShapeError if the number of grids and image marks differ.
+    """
+    tokens = _Tokens(tokenizer)
+    remaining = _encode_messages(tokens, messages, list(grids))
+    if remaining:
+        raise ShapeError(f"{len(grids)} image grids for {len(grids) - len(remaining)} {IMAGE_MARK} marks")
+    return _finish(tokens, grids)
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], grids: Sequence[TokenGrid]
+) -> Conversation:
+    """A conversation up to the assistant's next words: ends with `<|im_start|>assistant\\n`; all labels are -100.
+
+    Raises: InputError if the text is longer than 32,768 characters; ShapeError as `encode_conversation`.
+    """
+    num_characters = sum(len(m.content) for m in messages)
+    if num_characters > MAX_PROMPT_CHARACTERS:
+        raise InputError(
+            f"the prompt has {num_characters:,} characters; at most {MAX_PROMPT_CHARACTERS:,} are accepted: shorten it"
+        )
+    tokens = _Tokens(tokenizer)
+    remaining = _encode_messages(tokens, messages, list(grids))
+    if remaining:
+        raise ShapeError(f"{len(grids)} image grids for {len(grids) - len(remaining)} {IMAGE_MARK} marks")
+    tokens.text("\n", learned=False)
+    tokens.control("<|im_start|>", learned=False)
+    tokens.text("assistant\n", learned=False)
+    conversation = _finish(tokens, grids)
+    conversation.labels[:] = IGNORED_LABEL
+    return conversation
+
+
+def _encode_messages(tokens: _Tokens, messages: Sequence[Message], grids: list[TokenGrid]) -> list[TokenGrid]:
+    if not messages or messages[0].role != "system":
+        messages = (Message("system", defaults.SYSTEM_PROMPT), *messages)
+    for turn, message in enumerate(messages):
+        learned = message.role == "assistant"
+        if turn:
+            tokens.text("\n", learned=False)
+        tokens.control("<|im_start|>", learned=False)
+        tokens.text(f"{message.role}\n", learned=False)
+        for index, piece in enumerate(message.content.split(IMAGE_MARK)):
+            if index:
+                if not grids:
+                    raise ShapeError(f"more {IMAGE_MARK} marks than image grids")
+                height, width = grids.pop(0)
+                tokens.control("<|vision_start|>", learned)
+                tokens.control("<|image_pad|>", learned, count=height * width)
+                tokens.control("<|vision_end|>", learned)
+            tokens.text(piece, learned)
+        tokens.control("<|im_end|>", learned)
+    return grids
+
+
+def _finish(tokens: _Tokens, grids: Sequence[TokenGrid]) -> Conversation:
+    tokens.flush()
+    input_ids = np.array(tokens.ids, dtype=np.int64)
+    image_token_id = tokens.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    position_ids, next_position = conversation_positions(input_ids, grids, image_token_id)
+    return Conversation(input_ids, np.array(tokens.labels, dtype=np.int64), position_ids, next_position)

@@ -1,0 +1,212 @@
+"""The recorded cases of a golden `ar` folder: vision tower, training forward, loss, gradients, greedy generation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nexusgen.comparison import FP32_TOLERANCE, GRADIENT_TOLERANCE, TOKEN_MARGIN, Case, compare, compare_exact
+from nexusgen.images import Geometry, to_patches
+from nexusgen.losses import AUTOREGRESSIVE_WEIGHTS, autoregressive_losses, total_loss
+from nexusgen.model.autoregressive import AutoregressiveModel, ConversationBatch, target_positions
+from nexusgen.model.weights import load_autoregressive, released_key
+from nexusgen.positions import conversation_positions
+from nexusgen.prompts import IGNORED_LABEL, Conversation
+from nexusgen.sampling import PostImagePositions, Prompt, generate_replies
+
+_NAN = float("nan")
+Grid = Int[Tensor, "images 3"]
+
+
+def verify_autoregressive(folder: Path) -> Iterator[Case]:
+    """Run every case recorded in `folder`: weights through the import path, fp32, one sample at a time."""
+    expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
+    model = load_autoregressive(folder, Geometry())
+    if (folder / "sharded").is_dir():
+        yield from _same_weights(model, load_autoregressive(folder / "sharded", Geometry()))
+    images: dict[str, tuple[Float[Tensor, "patches pixels"], Grid]] = {}
+    for name in ("vision", "vision_targets"):
+        if (folder / f"{name}.safetensors").is_file():
+            yield from _vision_cases(model, load_file(folder / f"{name}.safetensors"), images)
+    for case, recorded in expected.get("train", {}).items():
+        path = folder / f"train_{case}.safetensors"
+        if path.is_file():
+            yield from _training_cases(f"train.{case}", model, load_file(path), [images[n] for n in recorded["images"]])
+    for case, recorded in expected.get("generate", {}).items():
+        path = folder / f"gen_{case}.safetensors"
+        if path.is_file():
+            image = images[recorded["image"]] if recorded["image"] else None
+            yield from _generation_cases(f"generate.{case}", model, load_file(path), image)
+
+
+def _same_weights(model: AutoregressiveModel, other: AutoregressiveModel) -> Iterator[Case]:
+    differing = [
+        n
+        for (n, a), b in zip(model.state_dict().items(), other.state_dict().values(), strict=True)
+        if not torch.equal(a, b)
+    ]
+    yield compare_exact("sharded.differing_tensors", torch.tensor(len(differing)), torch.tensor(0))
+
+
+def _vision_cases(
+    model: AutoregressiveModel,
+    recorded: dict[str, Tensor],
+    images: dict[str, tuple[Float[Tensor, "patches pixels"], Grid]],
+) -> Iterator[Case]:
+    for key in sorted(recorded):
+        kind, _, name = key.partition(".")
+        if kind != "image_uint8":
+            continue
+        pixels, grid = to_patches([Image.fromarray(recorded[key].numpy())], model.geometry)
+        images[name] = (pixels, grid)
+        frame = pixels.reshape(len(pixels), 3, -1, model.geometry.patch_size**2)[:, :, 0].flatten(1)
+        yield compare_exact(f"vision.{name}.grid", grid, recorded[f"grid_thw.{name}"])
+        yield compare(f"vision.{name}.pixels", frame, recorded[f"pixels_frame0.{name}"], FP32_TOLERANCE)
+        with torch.no_grad():
+            embeddings = model.encode_images(pixels, grid)
+        yield compare(f"vision.{name}.embeddings", embeddings, recorded[f"embeds.{name}"], FP32_TOLERANCE)
+    for key in sorted(recorded):
+        if key.startswith("embeds.joint_"):
+            names = key.removeprefix("embeds.joint_").split("+")
+            if all(name in images for name in names):
+                joint = [images[name] for name in names]
+                with torch.no_grad():
+                    embeddings = model.encode_images(torch.cat([p for p, _ in joint]), torch.cat([g for _, g in joint]))
+                yield compare(f"vision.joint.{'+'.join(names)}", embeddings, recorded[key], FP32_TOLERANCE)
+
+
+def _training_cases(
+    name: str,
+    model: AutoregressiveModel,
+    recorded: dict[str, Tensor],
+    images: list[tuple[Float[Tensor, "patches pixels"], Grid]],
+) -> Iterator[Case]:
+    batch = _training_batch(model, recorded, images)
+    valid = recorded["attention_mask"].bool()
+    yield compare_exact(
+        f"{name}.positions", batch.position_ids[:, valid], recorded["position_ids"][:, valid].to(torch.int64)
+    )
+    embeddings = model.embed_conversations(batch)
+    yield compare(f"{name}.inputs", embeddings[valid], recorded["inputs_embeds"][valid], FP32_TOLERANCE)
+    output = model(batch)
+    logits = model.qwen.lm_head(output.hidden)
+    yield compare(f"{name}.logits", logits[valid], recorded["logits"][valid], FP32_TOLERANCE)
+    targets = batch.target_embeddings.detach()
+    if "pred_image_embeds" in recorded:
+        yield compare(f"{name}.predictions", output.predictions, recorded["pred_image_embeds"], FP32_TOLERANCE)
+        yield compare(f"{name}.targets", targets, recorded["target_image_embeds"], FP32_TOLERANCE)
+    parts = autoregressive_losses(output.logits, output.labels, output.predictions, targets)
+    for part, key in (("ce", "ce"), ("mse", "mse"), ("cosine", "one_minus_cos")):
+        if key in recorded:
+            yield compare(f"{name}.{part}", parts[part].mean[None], recorded[key], FP32_TOLERANCE)
+    loss = total_loss(parts, AUTOREGRESSIVE_WEIGHTS)
+    yield compare(f"{name}.loss", loss[None], recorded["loss"], FP32_TOLERANCE)
+    model.zero_grad()
+    loss.backward()
+    gradients = {released_key(n): p.grad for n, p in model.named_parameters()}
+    for key in sorted(recorded):
+        if key.startswith("grad."):
+            released = key.removeprefix("grad.")
+            gradient = gradients.get(released)
+            want = recorded[key]
+            got = gradient if gradient is not None else torch.zeros_like(want)
+            yield compare(f"{name}.{key}", got, want, GRADIENT_TOLERANCE)
+
+
+def _training_batch(
+    model: AutoregressiveModel,
+    recorded: dict[str, Tensor],
+    images: list[tuple[Float[Tensor, "patches pixels"], Grid]],
+) -> ConversationBatch:
+    """Images come in order of appearance; whether each is a target shows in the labels at its place."""
+    input_ids, labels = recorded["input_ids"], recorded["labels"]
+    is_image = input_ids == model.image_token_id
+    is_target = target_positions(labels, model.image_token_id)
+    flags = is_target[is_image]
+    inputs: list[Tensor] = []
+    targets: list[Tensor] = []
+    seen = 0
+    grids: list[tuple[int, int]] = []
+    merge = model.geometry.merge_size
+    for pixels, grid in images:
+        embeddings = model.encode_images(pixels, grid)
+        (targets if flags[seen] else inputs).append(embeddings)
+        seen += len(embeddings)
+        grids.append((int(grid[0, 1]) // merge, int(grid[0, 2]) // merge))
+    positions = torch.zeros(3, *input_ids.shape, dtype=torch.int64)
+    for row, ids in enumerate(input_ids):
+        length = int(recorded["attention_mask"][row].sum())
+        of_row: list[tuple[int, int]] = []
+        remaining = int((ids == model.image_token_id).sum())
+        while remaining:
+            of_row.append(grids.pop(0))
+            remaining -= of_row[-1][0] * of_row[-1][1]
+        positions[:, row, :length] = torch.from_numpy(
+            conversation_positions(ids[:length].numpy(), of_row, model.image_token_id)[0]
+        )
+    nothing = torch.zeros(0, model.hidden_size)
+    return ConversationBatch(
+        input_ids=input_ids,
+        attention_mask=recorded["attention_mask"],
+        labels=labels,
+        position_ids=positions,
+        input_embeddings=torch.cat(inputs) if inputs else nothing,
+        target_embeddings=torch.cat(targets) if targets else nothing,
+    )
+
+
+def _generation_cases(
+    name: str,
+    model: AutoregressiveModel,
+    recorded: dict[str, Tensor],
+    image: tuple[Float[Tensor, "patches pixels"], Grid] | None,
+) -> Iterator[Case]:
+    prompt_ids = recorded["prompt_ids"].numpy()
+    grids: list[tuple[int, int]] = []
+    embeddings = nothing = torch.zeros(0, model.hidden_size)
+    merge = model.geometry.merge_size
+    with torch.no_grad():
+        if image is not None:
+            embeddings = model.encode_images(*image)
+            grids = [(int(image[1][0, 1]) // merge, int(image[1][0, 2]) // merge)]
+    sequence = recorded["sequence"]
+    positions, next_position = conversation_positions(prompt_ids, grids, model.image_token_id)
+    conversation = Conversation(prompt_ids, np.full_like(prompt_ids, IGNORED_LABEL), positions, next_position)
+    (reply,) = generate_replies(
+        model,
+        [Prompt(conversation, embeddings)],
+        max_new_tokens=len(sequence) - len(prompt_ids),
+        post_image_positions=PostImagePositions.RELEASED,
+        keep_logits=True,
+    )
+    new = sequence[len(prompt_ids) :]
+    wrong = _decided_mismatches(torch.tensor(reply.token_ids), new, recorded["step_index"], recorded["step_logits"])
+    yield compare_exact(f"{name}.token_ids_decided", torch.tensor(wrong), torch.tensor(0))
+    yield compare(f"{name}.image_embeddings", torch.cat([*reply.images, nothing]), recorded["image_embeds"], FP32_TOLERANCE)
+    finite = recorded["step_logits"].isfinite()
+    chosen = [reply.logits[step] if step < len(reply.logits) else None for step in recorded["step_index"].tolist()]
+    logits = torch.stack([torch.full_like(finite[0], _NAN, dtype=torch.float32) if c is None else c for c in chosen])
+    yield compare(f"{name}.step_logits", logits[finite], recorded["step_logits"][finite], FP32_TOLERANCE)
+
+
+def _decided_mismatches(
+    got: Int[Tensor, " new"],
+    want: Int[Tensor, " new"],
+    steps: Int[Tensor, " steps"],
+    logits: Float[Tensor, "steps vocabulary"],
+) -> int:
+    """Number of new tokens that differ, up to the first step that the reference itself leaves open (a near tie)."""
+    if len(got) != len(want):
+        return len(want)
+    top = logits.topk(2, dim=-1).values
+    open_steps = steps[(top[:, 0] - top[:, 1]) <= TOKEN_MARGIN]
+    end = int(open_steps[0]) if len(open_steps) else len(want)
+    return int((got[:end] != want[:end]).sum())

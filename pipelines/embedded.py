@@ -1,0 +1,187 @@
+"""Embedded data at rest: its files, its manifest and its arrays; written by `embed`, read by training and evaluation.
+
+    STORAGE/embedded/NAME/MODE/
+      STEM-HASH8-00000.parquet     one slice: columns of `schema.embedded_schema`, rows in tar order
+      quarantine/STEM-HASH8-00000.parquet   what that slice's samples lost; columns of `schema.QUARANTINE_SCHEMA`
+      _manifest/STEM-HASH8-00000.json       one finished slice; STEM-HASH8.json one finished shard
+      manifest.json                what the data consists of; written last, read first
+      config.yaml run.json fingerprint      made by which configuration, MLflow run and encoder
+
+Slices of the modes of one NAME have the same file names, rows and order. Arrays are raw bytes: bfloat16 keeps every
+bit, and plain pyarrow or polars read the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from nexusgen.errors import InputError
+from nexusgen.schema import EmbedMode
+from pipelines import storage
+
+MANIFEST_NAME = "manifest.json"
+QUARANTINE_FOLDER = "quarantine"
+ENTRIES_FOLDER = "_manifest"
+ROW_GROUP_ROWS = 64  # rows read together; 64 targets of the released model are 37 MB
+_TEXT_PATHS = ("messages.list.element.content", "meta")
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class SliceInfo:
+    """One slice of embedded data: at most some hundred consecutive samples of one shard, in one file."""
+
+    uri: str
+    shard: str
+    index: int
+    num_rows: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One input shard and what became of its samples. `digest` is the sha256 of the file as it was read."""
+
+    uri: str
+    digest: str
+    num_bytes: int
+    num_slices: int
+    num_embedded: int
+    num_quarantined: int
+
+
+@dataclass(frozen=True)
+class EmbeddedManifest:
+    """What embedded data consists of, and what made it."""
+
+    mode: str
+    fingerprint: str  # of the encoder: the model's vision tower, or its autoencoder
+    config_hash: str
+    run_id: str  # of the embed job in MLflow
+    digest: str  # sha256 over the slices' contents: names this very data
+    slices: tuple[SliceInfo, ...]
+    shards: tuple[ShardInfo, ...]
+    quarantined: dict[str, int]  # by reason code
+
+
+def folder_of(storage_uri: str, name: str, mode: EmbedMode) -> str:
+    """Where embedded data of a name and mode lives."""
+    return storage.join(storage_uri, "embedded", name, mode)
+
+
+def digest_of(slices: Iterable[SliceInfo]) -> str:
+    """The digest of a set of slices, whatever their order."""
+    lines = sorted(f"{storage.name_of(s.uri)} {s.num_rows} {s.sha256}" for s in slices)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def write_manifest(folder: str, manifest: EmbeddedManifest) -> None:
+    """Enter the data: from now on it can be read. File names are stored relative to the folder, so that it may move."""
+    values = asdict(manifest)
+    for entry in values["slices"]:
+        entry["uri"] = storage.name_of(entry["uri"])
+    storage.write_bytes_atomic(storage.join(folder, MANIFEST_NAME), json.dumps(values, indent=1).encode())
+
+
+def read_manifest(storage_uri: str, name: str, mode: EmbedMode) -> EmbeddedManifest:
+    """What embedded data consists of. Raises: InputError if there is none, or its job hasn't finished."""
+    folder = folder_of(storage_uri, name, mode)
+    uri = storage.join(folder, MANIFEST_NAME)
+    if not storage.exists(uri):
+        raise InputError(
+            f"no embedded data {name!r} of mode {mode} at {folder}: it was never made, or its job hasn't finished; "
+            f"run `nexusgen embed` with name={name} mode={mode}"
+        )
+    try:
+        values: dict[str, Any] = json.loads(storage.read_bytes(uri))
+        slices = [SliceInfo(**{**entry, "uri": storage.join(folder, entry["uri"])}) for entry in values.pop("slices")]
+        shards = [ShardInfo(**entry) for entry in values.pop("shards")]
+        return EmbeddedManifest(slices=tuple(slices), shards=tuple(shards), **values)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{uri} can't be read as a manifest of embedded data: {error}") from None
+
+
+def list_slices(storage_uri: str, name: str, mode: EmbedMode) -> list[SliceInfo]:
+    """The slices in order of shard and index, without those that hold no row. Raises: InputError as `read_manifest`."""
+    return [info for info in read_manifest(storage_uri, name, mode).slices if info.num_rows]
+
+
+def fingerprint_of(storage_uri: str, name: str, mode: EmbedMode) -> str:
+    """Fingerprint of the encoder that made the data. Raises: InputError as `read_manifest`."""
+    return read_manifest(storage_uri, name, mode).fingerprint
+
+
+def read_slice(
+    info: SliceInfo, columns: Sequence[str] | None = None, row_groups: Sequence[int] | None = None
+) -> pa.Table:
+    """Rows of a slice; only the given columns and row groups (of ROW_GROUP_ROWS rows) are read.
+
+    Raises: InputError if the file is absent or damaged.
+    """
+    try:
+        with storage.open_random(info.uri) as file, pq.ParquetFile(file) as parquet:
+            wanted = None if columns is None else list(columns)
+            if row_groups is None:
+                return parquet.read(columns=wanted)
+            return parquet.read_row_groups(list(row_groups), columns=wanted)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{info.uri} can't be read as embedded data: {error}; embed it again") from None
+
+
+def read_quarantine(storage_uri: str, name: str, mode: EmbedMode) -> pa.Table | None:
+    """Every quarantine row of the data; None if there is none."""
+    folder = storage.join(folder_of(storage_uri, name, mode), QUARANTINE_FOLDER)
+    tables = []
+    for uri in storage.list_files(folder):
+        with storage.open_random(uri) as file:
+            tables.append(pq.read_table(file))
+    return pa.concat_tables(tables) if tables else None
+
+
+def to_parquet(table: pa.Table) -> pa.Buffer:
+    """A table as the bytes of a Parquet file: arrays raw and without dictionary, as they don't compress; texts do."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table,
+        sink,
+        row_group_size=ROW_GROUP_ROWS,
+        compression=dict.fromkeys(_TEXT_PATHS, "ZSTD"),  # columns that aren't named stay uncompressed
+        use_dictionary=False,
+        write_statistics=["key", "row", "num_tokens"],
+    )
+    return sink.getvalue()
+
+
+def encode_array(array: Shaped[Tensor, "..."], dtype: str = "bfloat16") -> bytes:
+    """The raw little-endian bytes of an array, converted to `dtype`."""
+    flat = array.detach().to("cpu", DTYPES[dtype]).contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes()
+
+
+def decode_array(data: bytes, dtype: str, shape: Sequence[int]) -> Shaped[Tensor, "..."]:
+    """The array that `encode_array` stored; `shape` may hold one -1. Raises: InputError if the bytes don't fit it."""
+    try:
+        return torch.frombuffer(bytearray(data), dtype=DTYPES[dtype]).reshape(*shape)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise InputError(f"{len(data)} bytes don't make an array of {dtype} {tuple(shape)}: {error}") from None
+
+
+def decode_entry(data: bytes, dtype: str, grid: tuple[int, int]) -> Shaped[Tensor, "tokens hidden"]:
+    """An entry of a vision role as [h * w, hidden]; `grid` is its (h, w) in tokens."""
+    return decode_array(data, dtype, (grid[0] * grid[1], -1))
+
+
+def decode_latents_entry(data: bytes, dtype: str, grid: tuple[int, int]) -> Shaped[Tensor, "channels height width"]:
+    """An entry of the role `latents` as [channels, h, w]; `grid` is its (h, w) in latent pixels."""
+    return decode_array(data, dtype, (-1, *grid))

@@ -1,0 +1,568 @@
+"""From checkpoints to a published model: `register` makes a version, `promote` moves aliases, `resolve_model` finds it.
+
+A version of the registered model `nexusgen` is a reference: its source is the folder STORAGE/models/FINGERPRINT, its
+tags say what it was made of. With a local storage folder and a tracking *server*, which refuses such a reference, the
+folder is stored a second time as artefacts of the register run.
+
+| tag of a version | value |
+|---|---|
+| nexusgen.fingerprint | of the model folder's weights |
+| nexusgen.project | the project (experiment) it belongs to |
+| nexusgen.recipe | hash of the base and the checkpoints it was assembled from |
+| nexusgen.run.register, nexusgen.run.STAGE, nexusgen.run.evaluate | MLflow run ids |
+| nexusgen.inputs | json list of the data that the stages read: stage, name, uri, digest, run_id of its embed run |
+| nexusgen.eval.SUITE.METRIC | scores |
+| nexusgen.gate.ALIAS | what the gate last said |
+
+Aliases: `candidate` needs an evaluation of exactly these weights; `champion` needs scores that reach the thresholds.
+The registered model's tag `nexusgen.previous.ALIAS` lists the earlier targets, latest last, for `--rollback`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from nexusgen.config import Config, dump_config
+from nexusgen.errors import ConfigError, FingerprintError, GateError, InputError, ModelError, UsageError
+from nexusgen.model.weights import MANIFEST_NAME, assemble_model, demo_base, read_manifest
+from pipelines import storage, tracking
+from pipelines.runtime import CpuMeter, JobReport
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
+
+MODEL_NAME = "nexusgen"
+DEMO_BASE = "demo-base"
+MAX_ARTIFACT_BYTES = 2_000_000_000  # a larger model is never copied into MLflow's artefact store
+
+TAG_PROJECT = "nexusgen.project"
+TAG_RECIPE = "nexusgen.recipe"
+TAG_INPUTS = "nexusgen.inputs"
+TAG_RUN = "nexusgen.run"
+TAG_EVAL = "nexusgen.eval"
+TAG_GATE = "nexusgen.gate"
+TAG_PREVIOUS = "nexusgen.previous"
+
+CHAMPION_THRESHOLDS = {"generation.overall": 0.80, "understanding.overall": 0.60}  # of the demo world's scores
+
+Alias = Literal["candidate", "champion"]
+
+
+class RegisterConfig(Config):
+    """Which weights become a version: a base, and the checkpoints trained on it."""
+
+    storage: str
+    name: str
+    model: str = DEMO_BASE  # the base that the stages were trained from
+    ar: str | None = "latest"  # a checkpoint's URI, `latest` of this project, or null: the base's own weights
+    generation_decoder: str | None = "latest"
+
+
+class PromoteConfig(Config):
+    """Which version an alias moves to, and what it must have reached."""
+
+    storage: str
+    version: int | None = None  # may be left out with rollback
+    to: Alias = "champion"
+    rollback: bool = False
+    suite: str = "demo_world"
+    thresholds: dict[str, float] = Field(default_factory=lambda: dict(CHAMPION_THRESHOLDS))
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A stage's checkpoint: where it is, and what its `meta.json` says."""
+
+    stage: str
+    uri: str
+    meta: dict[str, Any]
+
+    @property
+    def identity(self) -> list[Any]:
+        return [self.stage, self.uri, self.meta.get("step"), self.meta.get("run_id")]
+
+
+def register(config: RegisterConfig, parent_run_id: str | None = None) -> JobReport:
+    """Assemble STORAGE/models/FINGERPRINT from the base and the trained checkpoints, and make a version of it.
+
+    The same weights get no second version: the report then says `reused`.
+    Raises: InputError if a checkpoint is missing; ModelError or FingerprintError if it doesn't fit the base;
+    ConfigError if the version can't be stored.
+    """
+    with CpuMeter() as meter:
+        base = resolve_model(config.model, config.storage)
+        checkpoints = _find_checkpoints(config)
+        base_fingerprint = read_manifest(base).fingerprint
+        for checkpoint in checkpoints:
+            _check_base(checkpoint, base_fingerprint, config.model)
+        recipe = _hash([base_fingerprint, *[checkpoint.identity for checkpoint in checkpoints]])
+        client = tracking.connect(config.storage)
+        version = _find_version(client, TAG_RECIPE, recipe)
+        if version is not None and storage.exists(storage.join(_model_uri(config.storage, version), MANIFEST_NAME)):
+            return _register_report(meter, config.storage, version, reused=True)
+        with tracking.job_run(
+            config.storage, config.name, "register", dump_config(config), parent=parent_run_id
+        ) as run:
+            lineage = _lineage(config, base_fingerprint, checkpoints) | {"register_run_id": run.run_id}
+            fingerprint = _publish(config, base, checkpoints, lineage)
+            run.set_tags({tracking.TAG_FINGERPRINT: fingerprint})
+            for checkpoint in checkpoints:
+                run.log_dataset_input(
+                    f"checkpoint {checkpoint.stage}",
+                    checkpoint.uri,
+                    _hash(checkpoint.identity),
+                    context=checkpoint.stage,
+                    run_id=checkpoint.meta.get("run_id"),
+                )
+            version = _find_version(client, tracking.TAG_FINGERPRINT, fingerprint)
+            is_known = version is not None
+            if version is None:
+                tags = _version_tags(config, fingerprint, recipe, run.run_id, checkpoints)
+                version = _create_version(client, config.storage, fingerprint, run.run_id, tags)
+            report = _register_report(meter, config.storage, version, reused=is_known, run_id=run.run_id)
+            run.log_report(report)
+        return report
+
+
+def promote(config: PromoteConfig, parent_run_id: str | None = None) -> JobReport:
+    """Move an alias to a version that passes its gate, or back to the alias's last target.
+
+    Raises: UsageError for a version or rollback that doesn't exist; GateError, with the reason, if the gate refuses.
+    """
+    with CpuMeter() as meter:
+        client = tracking.connect(config.storage)
+        current = _alias_target(client, config.to)
+        history = _alias_history(client, config.to)
+        version = _rollback_target(client, config, current, history) if config.rollback else _wanted(client, config)
+        project = version.tags.get(TAG_PROJECT, MODEL_NAME)
+        with tracking.job_run(config.storage, project, "promote", dump_config(config), parent=parent_run_id) as run:
+            run.set_tags({tracking.TAG_FINGERPRINT: version.tags.get(tracking.TAG_FINGERPRINT, "")})
+            if not config.rollback:
+                _pass_gate(client, config, version)
+            if str(version.version) != current:
+                _move_alias(client, config, str(version.version), current, history)
+            report = JobReport(
+                job="promote",
+                seconds=meter.seconds,
+                cpu_seconds=meter.cpu_seconds,
+                outputs={
+                    "alias": config.to,
+                    "version": int(version.version),
+                    "previous": int(current) if current is not None else None,
+                    "model": f"models:/{MODEL_NAME}@{config.to}",
+                    "run_id": run.run_id,
+                },
+                reused=str(version.version) == current,
+            )
+            run.log_report(report)
+        return report
+
+
+def resolve_model(spec: str, storage_uri: str | None = None) -> Path:
+    """The local folder of a model named `demo-base`, by a folder, an s3:// URI, or models:/NAME@ALIAS | NAME/VERSION.
+
+    `storage_uri` says which registry is meant, unless MLFLOW_TRACKING_URI does.
+    Raises: InputError if there is nothing of that name; ModelError if it isn't a model folder; ConfigError.
+    """
+    if spec == DEMO_BASE:
+        folder = demo_base()
+    elif spec.startswith("models:/"):
+        folder = _resolve_version(spec, storage_uri)
+    elif "://" in spec:
+        if not storage.exists(storage.join(spec, MANIFEST_NAME)):
+            raise ModelError(f"{spec} is not a model folder: it holds no {MANIFEST_NAME}")
+        folder = storage.fetch_folder(spec)
+    else:
+        folder = Path(spec)
+        if not folder.exists():
+            raise InputError(
+                f"model {spec}: there is no such folder; give {DEMO_BASE}, a model folder, an s3:// URI, "
+                f"models:/{MODEL_NAME}@champion or models:/{MODEL_NAME}/VERSION"
+            )
+    read_manifest(folder)
+    return folder
+
+
+def pin_model(spec: str, storage_uri: str | None = None) -> str:
+    """The same model under a name that means the same in another process and later: an alias becomes its version, a
+    relative folder an absolute one. Raises: InputError or UsageError for an alias or version that doesn't exist.
+    """
+    if spec == DEMO_BASE:
+        return spec
+    if spec.startswith("models:/"):
+        version = _find_named_version(spec, storage_uri)
+        return f"models:/{MODEL_NAME}/{version.version}"
+    return spec if "://" in spec else str(Path(spec).absolute())
+
+
+def attach_scores(
+    storage_uri: str, fingerprint: str, suite: str, scores: Mapping[str, Any], run_id: str | None = None
+) -> None:
+    """Write an evaluation's scores to the tags of the version with these weights; none may exist yet.
+
+    `scores` may be nested: {"generation": {"overall": 0.9}} becomes the tag nexusgen.eval.SUITE.generation.overall.
+    """
+    client = tracking.connect(storage_uri)
+    version = _find_version(client, tracking.TAG_FINGERPRINT, fingerprint)
+    if version is None:
+        return
+    tags = {f"{TAG_EVAL}.{suite}.{name}": f"{value:.4f}" for name, value in _flatten_scores(scores)}
+    if run_id is not None:
+        tags[f"{TAG_RUN}.evaluate"] = run_id
+    for key, value in tags.items():
+        client.set_model_version_tag(MODEL_NAME, version.version, key, value)
+
+
+def scores_uri(storage_uri: str, fingerprint: str, suite: str) -> str:
+    """Where `evaluate` writes, and the gate reads, the scores of a model's weights: a json object."""
+    return storage.join(storage_uri, "evaluations", fingerprint, suite, "scores.json")
+
+
+# --- register ---------------------------------------------------------------------------------------------------------
+
+
+def _find_checkpoints(config: RegisterConfig) -> list[_Checkpoint]:
+    found = []
+    for stage, wanted in (("ar", config.ar), ("generation_decoder", config.generation_decoder)):
+        if wanted is None:
+            continue
+        uri = _latest_checkpoint(config, stage) if wanted == "latest" else wanted
+        meta = _read_json(storage.join(uri, "meta.json"), f"checkpoint {uri}")
+        if meta.get("stage") != stage:
+            raise ModelError(f"checkpoint {uri} is of stage {meta.get('stage')!r}, but register.{stage} names it")
+        found.append(_Checkpoint(stage, uri, meta))
+    if not found:
+        raise ConfigError("register: ar and generation_decoder are both null, so there is nothing to publish")
+    return found
+
+
+def _latest_checkpoint(config: RegisterConfig, stage: str) -> str:
+    folder = storage.join(config.storage, "checkpoints", config.name, stage)
+    pointer = storage.join(folder, "latest.json")
+    if not storage.exists(pointer):
+        raise InputError(
+            f"no checkpoint of stage {stage} at {folder}: train it first, "
+            f"or keep the base's own weights with {stage}=null"
+        )
+    return storage.join(folder, str(_read_json(pointer, f"checkpoint pointer {pointer}")["path"]))
+
+
+def _check_base(checkpoint: _Checkpoint, base_fingerprint: str, model: str) -> None:
+    trained_from = checkpoint.meta.get("base_fingerprint")
+    if trained_from != base_fingerprint:
+        raise FingerprintError(
+            f"checkpoint {checkpoint.uri} was trained from base {str(trained_from)[:12]}, but model={model} is "
+            f"{base_fingerprint[:12]}: register it with the base it was trained from"
+        )
+
+
+def _lineage(config: RegisterConfig, base_fingerprint: str, checkpoints: list[_Checkpoint]) -> dict[str, Any]:
+    return {
+        "project": config.name,
+        "base_fingerprint": base_fingerprint,
+        "stages": {
+            checkpoint.stage: {
+                "checkpoint": checkpoint.uri,
+                "step": checkpoint.meta.get("step"),
+                "run_id": checkpoint.meta.get("run_id"),
+                "inputs": checkpoint.meta.get("inputs", []),
+            }
+            for checkpoint in checkpoints
+        },
+    }
+
+
+def _publish(config: RegisterConfig, base: Path, checkpoints: list[_Checkpoint], lineage: dict[str, Any]) -> str:
+    """Assemble the model and put it at STORAGE/models/FINGERPRINT, unless it is there. Returns the fingerprint."""
+    models = None if storage.is_remote(config.storage) else storage.local_path(config.storage) / "models"
+    if models is not None:
+        models.mkdir(parents=True, exist_ok=True)  # assembled on the same disk, so that renaming is atomic
+    with tempfile.TemporaryDirectory(prefix=".assembling-", dir=models) as scratch:
+        weights = {c.stage: _local_file(storage.join(c.uri, "model.safetensors"), Path(scratch)) for c in checkpoints}
+        out = Path(scratch) / "model"
+        manifest = assemble_model(
+            base,
+            out,
+            autoregressive=weights.get("ar"),
+            generation_decoder=weights.get("generation_decoder"),
+            lineage=lineage,
+        )
+        (out / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        run = {"run_id": lineage["register_run_id"], "inputs": [{"uri": c.uri} for c in checkpoints]}
+        (out / "run.json").write_text(json.dumps(run, indent=2), encoding="utf-8")
+        target = storage.join(config.storage, "models", manifest.fingerprint)
+        if storage.exists(storage.join(target, MANIFEST_NAME)):
+            return manifest.fingerprint
+        if models is not None:
+            out.rename(models / manifest.fingerprint)
+        else:
+            storage.upload_folder(out, target)
+    return manifest.fingerprint
+
+
+def _local_file(uri: str, scratch: Path) -> Path:
+    """One file of a storage as a local path; only object storage is copied."""
+    if not storage.exists(uri):
+        raise ModelError(f"{uri} is missing: the checkpoint is incomplete")
+    if not storage.is_remote(uri):
+        return storage.local_path(uri)
+    handle, name = tempfile.mkstemp(dir=scratch)
+    with os.fdopen(handle, "wb") as out, storage.open_input(uri) as stream:
+        shutil.copyfileobj(stream, out, storage.READ_BUFFER_BYTES)
+    return Path(name)
+
+
+def _version_tags(
+    config: RegisterConfig, fingerprint: str, recipe: str, run_id: str, checkpoints: list[_Checkpoint]
+) -> dict[str, str]:
+    inputs = [{"stage": c.stage, **entry} for c in checkpoints for entry in c.meta.get("inputs", [])]
+    runs = {f"{TAG_RUN}.{c.stage}": str(c.meta["run_id"]) for c in checkpoints if c.meta.get("run_id")}
+    return {
+        tracking.TAG_FINGERPRINT: fingerprint,
+        TAG_PROJECT: config.name,
+        TAG_RECIPE: recipe,
+        TAG_INPUTS: json.dumps(inputs),
+        f"{TAG_RUN}.register": run_id,
+        **runs,
+    }
+
+
+def _create_version(
+    client: MlflowClient, storage_uri: str, fingerprint: str, run_id: str, tags: dict[str, str]
+) -> ModelVersion:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(MODEL_NAME)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    source = storage.join(storage_uri, "models", fingerprint)
+    if not storage.is_remote(source):
+        folder = storage.local_path(source)
+        is_served = client.tracking_uri.startswith("http")
+        source = _store_as_artifacts(client, folder, run_id, storage_uri) if is_served else str(folder)
+    return client.create_model_version(MODEL_NAME, source, run_id=run_id, tags=tags)
+
+
+def _store_as_artifacts(client: MlflowClient, folder: Path, run_id: str, storage_uri: str) -> str:
+    """Copy a small model into the run's artefacts, since a server refuses to refer to a local folder."""
+    num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if num_bytes > MAX_ARTIFACT_BYTES:
+        raise ConfigError(
+            f"the tracking server {tracking.redact(client.tracking_uri)} can't refer to a model in the local storage "
+            f"{storage_uri}, and {num_bytes / 1e9:.1f} GB are too much to copy into its artefacts: "
+            "use s3:// storage, or unset MLFLOW_TRACKING_URI"
+        )
+    client.log_artifacts(run_id, str(folder), "model")
+    return f"{client.get_run(run_id).info.artifact_uri}/model"
+
+
+def _register_report(
+    meter: CpuMeter, storage_uri: str, version: ModelVersion, *, reused: bool, run_id: str | None = None
+) -> JobReport:
+    outputs = {
+        "model": _model_uri(storage_uri, version),
+        "fingerprint": version.tags[tracking.TAG_FINGERPRINT],
+        "version": int(version.version),
+        "run_id": run_id or version.run_id,
+    }
+    return JobReport("register", meter.seconds, meter.cpu_seconds, outputs=outputs, reused=reused)
+
+
+# --- promote ----------------------------------------------------------------------------------------------------------
+
+
+def _wanted(client: MlflowClient, config: PromoteConfig) -> ModelVersion:
+    if config.version is None:
+        raise UsageError("promote: which version? (only --rollback needs none)")
+    return _get_version(client, str(config.version))
+
+
+def _rollback_target(
+    client: MlflowClient, config: PromoteConfig, current: str | None, history: list[str]
+) -> ModelVersion:
+    """The alias's last target. A version may be named too, if it is the one to leave or to return to."""
+    earlier = [version for version in history if version != current]
+    if current is None or not earlier:
+        raise UsageError(f"promote: {config.to} has no earlier version to roll back to")
+    if config.version is not None and str(config.version) not in (current, earlier[-1]):
+        raise UsageError(
+            f"promote --rollback: {config.to} is at version {current} and came from {earlier[-1]}, "
+            f"but version {config.version} was named: leave it out"
+        )
+    return _get_version(client, earlier[-1])
+
+
+def _pass_gate(client: MlflowClient, config: PromoteConfig, version: ModelVersion) -> None:
+    """Raises: GateError. What the gate said is kept in the version's tags either way."""
+    fingerprint = version.tags.get(tracking.TAG_FINGERPRINT, "")
+    refusal = _refusal(config, fingerprint)
+    tag = f"{TAG_GATE}.{config.to}"
+    client.set_model_version_tag(MODEL_NAME, version.version, tag, f"refused: {refusal}" if refusal else "passed")
+    if refusal:
+        raise GateError(f"version {version.version} does not become {config.to}: {refusal}")
+
+
+def _refusal(config: PromoteConfig, fingerprint: str) -> str:
+    """Why these weights may not have the alias; empty if they may."""
+    uri = scores_uri(config.storage, fingerprint, config.suite)
+    if not fingerprint or not storage.exists(uri):
+        return f"it has no evaluation ({uri} is missing): run evaluate on it first"
+    content = _read_json(uri, "scores")
+    if content.get("fingerprint", fingerprint) != fingerprint:
+        return f"{uri} belongs to other weights ({content['fingerprint'][:12]})"
+    if config.to == "candidate":
+        return ""
+    scores = dict(_flatten_scores(content.get("scores", content)))
+    failed = []
+    for name, wanted in config.thresholds.items():
+        found = scores.get(name, math.nan)
+        if not found >= wanted:  # a missing score is NaN, and NaN fails
+            failed.append(f"{name} is {found:.3f}, wanted >= {wanted:.3f}")
+    return "; ".join(failed)
+
+
+def _move_alias(
+    client: MlflowClient, config: PromoteConfig, version: str, current: str | None, history: list[str]
+) -> None:
+    """History first: if we die between the two writes, an extra entry equal to the current target does no harm."""
+    if config.rollback:
+        while history and history[-1] in (current, version):
+            history = history[:-1]
+    elif current is not None:
+        history = [*history, current]
+    client.set_registered_model_tag(MODEL_NAME, f"{TAG_PREVIOUS}.{config.to}", json.dumps(history[-100:]))
+    client.set_registered_model_alias(MODEL_NAME, config.to, version)
+
+
+def _alias_target(client: MlflowClient, alias: str) -> str | None:
+    """The version that an alias points to. Raises: UsageError if no model was ever registered."""
+    target = _registered_model(client).aliases.get(alias)
+    return str(target) if target is not None else None
+
+
+def _alias_history(client: MlflowClient, alias: str) -> list[str]:
+    return [str(v) for v in json.loads(_registered_model(client).tags.get(f"{TAG_PREVIOUS}.{alias}", "[]"))]
+
+
+def _registered_model(client: MlflowClient) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_registered_model(MODEL_NAME)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        where = tracking.redact(client.tracking_uri)
+        raise UsageError(f"the registry at {where} has no model {MODEL_NAME}: run register first") from None
+
+
+# --- versions ---------------------------------------------------------------------------------------------------------
+
+
+def _resolve_version(spec: str, storage_uri: str | None) -> Path:
+    version = _find_named_version(spec, storage_uri)
+    uri = _model_uri(storage_uri, version)
+    if uri.startswith("mlflow-artifacts:"):
+        return _download_artifacts(tracking.connect(storage_uri or "."), version)
+    return storage.fetch_folder(uri)
+
+
+def _find_named_version(spec: str, storage_uri: str | None) -> ModelVersion:
+    from_registry = spec.removeprefix("models:/")
+    if storage_uri is None and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise ConfigError(f"{spec} names a registered model: say where with storage=URI or MLFLOW_TRACKING_URI")
+    name, at, alias = from_registry.partition("@")
+    if not at:
+        name, _, number = from_registry.partition("/")
+        if not number.isdigit():
+            raise UsageError(f"{spec}: wanted models:/{MODEL_NAME}@ALIAS or models:/{MODEL_NAME}/VERSION")
+    if name != MODEL_NAME:
+        raise InputError(f"{spec}: the registered model is called {MODEL_NAME}, not {name!r}")
+    client = tracking.connect(storage_uri or ".")
+    if at:
+        target = _alias_target(client, alias)
+        if target is None:
+            raise InputError(f"{spec}: no version has the alias {alias!r}: promote one first")
+        number = target
+    return _get_version(client, number)
+
+
+def _model_uri(storage_uri: str | None, version: ModelVersion) -> str:
+    """Where a version's folder is: in the storage at hand if it is there (it may have moved), else its source."""
+    if storage_uri is not None:
+        here = storage.join(storage_uri, "models", version.tags.get(tracking.TAG_FINGERPRINT, "-"))
+        if storage.exists(storage.join(here, MANIFEST_NAME)):
+            return here
+    return str(version.source)
+
+
+def _download_artifacts(client: MlflowClient, version: ModelVersion) -> Path:
+    """A version stored as artefacts of a tracking server, fetched once per machine."""
+    cache = Path(tempfile.gettempdir()) / "nexusgen_models"
+    folder = cache / version.tags[tracking.TAG_FINGERPRINT]
+    if not folder.exists():
+        cache.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            client.download_artifacts(str(version.run_id), "model", scratch)
+            (Path(scratch) / "model").rename(folder)
+    return folder
+
+
+def _get_version(client: MlflowClient, number: str) -> ModelVersion:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_model_version(MODEL_NAME, number)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        known = sorted(int(v.version) for v in client.search_model_versions(f"name = '{MODEL_NAME}'"))
+        raise UsageError(
+            f"the registry at {tracking.redact(client.tracking_uri)} has no version {number} of {MODEL_NAME}; "
+            f"it has {', '.join(map(str, known)) or 'none: run register first'}"
+        ) from None
+
+
+def _find_version(client: MlflowClient, tag: str, value: str) -> ModelVersion | None:
+    """The latest version with this tag."""
+    found = client.search_model_versions(f"name = '{MODEL_NAME}' and tags.`{tag}` = '{value}'")
+    return max(found, key=lambda version: int(version.version), default=None)
+
+
+def _flatten_scores(scores: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Dotted names of the numbers in a nested mapping; anything else is left out."""
+    for key, value in scores.items():
+        if isinstance(value, Mapping):
+            yield from _flatten_scores(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{key}", float(value)
+
+
+def _read_json(uri: str, what: str) -> dict[str, Any]:
+    if not storage.exists(uri):
+        raise InputError(f"{what}: {uri} is missing")
+    try:
+        content = json.loads(storage.read_bytes(uri))
+    except ValueError as error:
+        raise InputError(f"{what}: {uri} is not valid json: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{what}: {uri} should hold a json object")
+    return content
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

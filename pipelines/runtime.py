@@ -1,0 +1,232 @@
+"""Where a job runs: one Ray cluster (a given one, or a local one), its CPU budget, and what a run of a job cost.
+
+Ray waits without end and without a word when a job asks for more CPUs than are free, so `require_cpus` compares the
+numbers first and refuses. On a laptop the local cluster counts at least 8 *logical* CPUs, whatever the machine has:
+Ray Train reserves its workers' CPUs first and Ray Data then needs a free one. Logical CPUs only limit how many things
+Ray starts; each worker computes on one thread.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from nexusgen.errors import ResourceError
+
+MIN_LOCAL_CPUS = 8  # logical; Train's workers, Data's readers and Serve's replicas fit side by side
+LOCAL_OBJECT_STORE_BYTES = 2_000_000_000  # Ray's own default is 30 % of the memory
+CPU_SAMPLE_S = 1.0
+FREE_CPU_PATIENCE_S = 10.0  # CPUs of a job that has just ended are given back with a delay
+
+_FORWARDED = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+_FORWARDED_PREFIXES = ("AWS_",)
+
+
+@dataclass(frozen=True)
+class JobReport:
+    """What one run of a job did and cost; `outputs` are its artefacts (URIs, run ids, scores) by name."""
+
+    job: str
+    seconds: float
+    cpu_seconds: float
+    samples: int | None = None
+    loss_first: float | None = None
+    loss_last: float | None = None
+    outputs: dict[str, Any] = field(default_factory=dict)
+    reused: bool = False
+
+    @property
+    def samples_per_s(self) -> float | None:
+        """Samples per wall second; None where nothing was processed."""
+        if not self.samples or self.seconds <= 0:
+            return None
+        return self.samples / self.seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """A mapping that `json.dumps` takes and `from_json` reads back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> JobReport:
+        """Rebuild a report from `to_json`'s mapping."""
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """The cluster at hand: its CPUs as Ray counts them, and whether this process started it."""
+
+    total_cpus: float
+    free_cpus: float
+    is_local: bool
+
+
+@contextmanager
+def ray_cluster(num_cpus_needed: float, why: str, *, local_cpus: int | None = None) -> Iterator[RayCluster]:
+    """Give a Ray cluster on which `num_cpus_needed` CPUs are free, for the job described by `why`.
+
+    An initialised Ray is used as it is; else the one at RAY_ADDRESS; else a quiet local one is started, and stopped at
+    the end, with `local_cpus` logical CPUs (default: at least MIN_LOCAL_CPUS).
+    Raises: ResourceError, before the job starts anything, if fewer CPUs are free or no cluster answers.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    is_started_here = not _is_ray_initialised()
+    if is_started_here:
+        if not address:
+            total = float(local_cpus or max(MIN_LOCAL_CPUS, os.cpu_count() or 1))
+            _check_cpus(num_cpus_needed, total, total, why, is_local=True)  # no need to start Ray to refuse
+        _start_ray(address, local_cpus)
+    import ray
+
+    try:
+        total, free = require_cpus(num_cpus_needed, why)
+        yield RayCluster(total, free, is_local=is_started_here and not address)
+    finally:
+        if is_started_here:
+            ray.shutdown()
+
+
+def require_cpus(num_cpus_needed: float, why: str, *, patience_s: float = FREE_CPU_PATIENCE_S) -> tuple[float, float]:
+    """Refuse now what Ray would wait for without end. Returns the cluster's CPUs: (total, free).
+
+    A cluster large enough but busy is asked again for `patience_s` seconds.
+    Raises: ResourceError with the numbers needed, free and in all.
+    """
+    import ray
+
+    deadline = time.monotonic() + patience_s
+    while True:
+        total = float(ray.cluster_resources().get("CPU", 0.0))
+        free = float(ray.available_resources().get("CPU", 0.0))
+        if free >= num_cpus_needed:
+            return total, free
+        if total < num_cpus_needed or time.monotonic() >= deadline:
+            _check_cpus(num_cpus_needed, total, free, why, is_local=not os.environ.get("RAY_ADDRESS"))
+        time.sleep(0.25)
+
+
+class CpuMeter:
+    """Measures a block of code: `seconds` by the wall clock, `cpu_seconds` of this process and all it started.
+
+    The local Ray cluster's processes descend from this one and are counted; those of a cluster at RAY_ADDRESS are not.
+    Processes are sampled every second: of one that ends between two samples, the last second may be missing.
+    """
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._ended: float | None = None
+        self._at_start: dict[tuple[int, float], float] = {}
+        self._last_seen: dict[tuple[int, float], float] = {}
+        self._known: dict[tuple[int, float], psutil.Process] = {}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="cpu-meter", daemon=True)
+
+    def __enter__(self) -> CpuMeter:
+        self._started = time.monotonic()
+        self._sample()
+        self._at_start = dict(self._last_seen)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._sample()
+        self._ended = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Wall seconds since the block began, until now or its end."""
+        return (self._ended or time.monotonic()) - self._started
+
+    @property
+    def cpu_seconds(self) -> float:
+        """CPU seconds (user and system) since the block began, as of the last sample."""
+        with self._lock:
+            return sum(used - self._at_start.get(process, 0.0) for process, used in self._last_seen.items())
+
+    def _watch(self) -> None:
+        while not self._stop.wait(CPU_SAMPLE_S):
+            self._sample()
+
+    def _sample(self) -> None:
+        own = psutil.Process()
+        with self._lock:
+            for process in [own, *own.children(recursive=True)]:
+                self._known.setdefault((process.pid, process.create_time()), process)
+            # Known processes are asked one by one: an orphan no longer appears among the children, but still works.
+            for identity, process in list(self._known.items()):
+                try:
+                    times = process.cpu_times()
+                except psutil.Error:
+                    del self._known[identity]
+                    continue
+                self._last_seen[identity] = times.user + times.system
+
+
+def _is_ray_initialised() -> bool:
+    ray = sys.modules.get("ray")  # importing ray takes a second, and a refusal needs none of it
+    return ray is not None and bool(ray.is_initialized())
+
+
+def _check_cpus(needed: float, total: float, free: float, why: str, *, is_local: bool) -> None:
+    if free >= needed:
+        return
+    if is_local:
+        fix = "use fewer workers, or a larger cluster through RAY_ADDRESS"
+    else:
+        fix = "use fewer workers, wait for the other jobs to end, or add nodes"
+    raise ResourceError(f"{why} needs {needed:g} CPUs, but only {free:g} of Ray's {total:g} are free: {fix}")
+
+
+def _start_ray(address: str | None, local_cpus: int | None) -> None:
+    """Connect to `address`, or start a local cluster without dashboard, quiet and small in memory."""
+    # Read by Ray's own processes, which inherit our environment, when they start.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    options: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": "ERROR",
+        "runtime_env": {"env_vars": _worker_environment()},
+    }
+    if address:
+        options["address"] = address
+    else:
+        options |= {
+            "address": "local",
+            "num_cpus": local_cpus or max(MIN_LOCAL_CPUS, os.cpu_count() or 1),
+            "object_store_memory": min(LOCAL_OBJECT_STORE_BYTES, int(0.3 * psutil.virtual_memory().available)),
+            "include_dashboard": False,
+        }
+    try:
+        ray.init(**options)
+    except (ConnectionError, OSError, ValueError, RuntimeError) as error:
+        where = f"no usable Ray cluster at RAY_ADDRESS={address}" if address else "the local Ray cluster doesn't start"
+        raise ResourceError(f"{where}: {error}") from error
+
+
+def _worker_environment() -> dict[str, str]:
+    """Variables that workers need wherever they run; Ray refuses those that a submitted job already carries."""
+    wanted = {"OMP_NUM_THREADS": "1", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
+    for name, value in os.environ.items():
+        if name in _FORWARDED or name.startswith(_FORWARDED_PREFIXES):
+            wanted[name] = value
+    job_config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    carried = job_config.get("runtime_env", {}).get("env_vars", {})
+    return {name: value for name, value in wanted.items() if name not in carried}

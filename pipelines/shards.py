@@ -1,0 +1,641 @@
+"""Tar shards: named by paths, globs, brace ranges, folders, lists or S3; streamed into samples or quarantine rows.
+
+A shard is read once, from front to back, by content and never by name; nothing is extracted, no link followed, nothing
+unpickled. Whatever is wrong with its content becomes a `QuarantineRow`; reading never raises for it.
+
+Policies, where the contract leaves a choice:
+- Members of a sample may come in any order and interleaved with other samples: an incomplete sample waits while the
+  next `MAX_OPEN_SAMPLES` begin. Samples come out in the order of their first members.
+- A key that occurs again later in the shard: the first sample counts, the second is `key_duplicate`.
+- After a damaged header nothing more is read: sizes and borders can't be trusted. Samples complete by then count, the
+  one that was cut gets a row of its own.
+- Absolute member names and names with `..` are refused (`member_unsafe`), as are links and devices.
+- json may start with a byte-order mark; `NaN` and infinities in it are read as null.
+- Junk of archivers and file systems (`._X`, `.DS_Store`, `__MACOSX/`, ...) and names without extension are ignored and
+  counted.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import hashlib
+import json
+import re
+import tarfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, BinaryIO, Literal, Protocol, cast
+
+from nexusgen.errors import ConfigError, InputError, SampleError
+from nexusgen.prompts import generation_messages, task_of, understanding_messages, validate_messages
+from nexusgen.schema import Message, QuarantineRow, Sample
+from pipelines import storage
+
+MAX_MEMBER_BYTES = 256 << 20
+MAX_TEXT_CHARACTERS = 32_768  # about 8,000 tokens of English: a conversation's whole text
+MAX_OPEN_SAMPLES = 32
+MAX_OPEN_BYTES = 64 << 20
+
+SHARD_ENDINGS = (".tar", ".tar.gz", ".tgz")
+LIST_ENDINGS = (".txt", ".list")
+IMAGE_EXTENSIONS = frozenset(
+    (
+        "jpg",
+        "jpeg",
+        "jpe",
+        "jfif",
+        "png",
+        "webp",
+        "gif",
+        "bmp",
+        "tif",
+        "tiff",
+        "avif",
+        "jp2",
+        "j2k",
+        "ppm",
+        "pgm",
+        "ico",
+    )
+)
+
+_BLOCK = 512
+_ZEROS = bytes(_BLOCK)
+_EXTENSION_TYPES = frozenset(
+    (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+)
+_DEVICE_TYPES = frozenset((tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE))
+_DATALESS_TYPES = _DEVICE_TYPES | {tarfile.DIRTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE}
+_JUNK_NAMES = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
+_IMAGE_FIELDS = ("images", "messages")
+
+
+# ---- naming shards --------------------------------------------------------------------------------------------------
+
+
+def list_shards(inputs: str | Sequence[str]) -> list[str]:
+    """URIs of the shards that paths, globs, `{000..099}` ranges, folders, list files or S3 URIs name; each once.
+
+    Local paths come out absolute. Order: as named; folders and globs by name.
+    Raises: ConfigError for no input or a malformed range; InputError for names that match nothing.
+    """
+    names = [inputs] if isinstance(inputs, str) else list(inputs)
+    if not names or not all(names):
+        raise ConfigError("no input: name tar shards by path, glob, range {000..099}, folder, list file or s3:// URI")
+    shards: dict[str, None] = {}
+    for name in names:
+        found = _expand(name)
+        if not found:
+            raise InputError(f"input {name!r} matches no file")
+        shards.update(dict.fromkeys(found))
+    return list(shards)
+
+
+def _expand(name: str) -> list[str]:
+    if "{" in name and ".." in name:
+        expanded = expand_braces(name)
+        if storage.is_remote(name):
+            return expanded  # asking S3 about each of 100,000 names takes hours; the reader reports absent ones
+        missing = [shard for shard in expanded if not storage.local_path(shard).exists()]
+        if missing:
+            raise InputError(
+                f"input {name!r}: {len(missing)} of {len(expanded)} shards are missing, first {missing[0]}"
+            )
+        return [shard for one in expanded for shard in _expand(one)]
+    if any(mark in name for mark in "*?["):
+        return _glob(name)
+    if not storage.exists(name):
+        raise InputError(f"input {name!r} doesn't exist")
+    if storage.is_folder(name):
+        files = storage.list_files(name, recursive=True)
+        shards = [file for file in files if file.lower().endswith(SHARD_ENDINGS)]
+        if not shards:
+            raise InputError(f"the folder {name!r} holds no {', '.join(SHARD_ENDINGS)} file")
+        return shards
+    if name.lower().endswith(LIST_ENDINGS):
+        return _read_list(name)
+    return [name if storage.is_remote(name) else str(storage.local_path(name))]
+
+
+def expand_braces(name: str) -> list[str]:
+    """Every name that the numeric ranges `{A..B}` in `name` stand for; zeros in front are kept. Raises: ConfigError."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", name)
+    if match is None:
+        if re.search(r"\{[^}]*\.\.[^}]*\}", name):
+            raise ConfigError(f"input {name!r}: expected a range of two numbers such as {{000..099}}")
+        return [name]
+    first, last = match.groups()
+    if int(last) < int(first):
+        raise ConfigError(f"input {name!r}: the range {match.group()} runs backwards")
+    heads = (f"{name[: match.start()]}{number:0{len(first)}d}" for number in range(int(first), int(last) + 1))
+    tails = expand_braces(name[match.end() :])
+    return [head + tail for head in heads for tail in tails]
+
+
+def _glob(pattern: str) -> list[str]:
+    if not storage.is_remote(pattern):
+        found = glob.glob(str(storage.local_path(pattern)), recursive=True)  # noqa: PTH207 (the pattern is absolute)
+        return [path for path in sorted(found) if storage.local_path(path).is_file()]
+    folder = re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")[0]
+    return [file for file in storage.list_files(folder, recursive=True) if fnmatchcase(file, pattern)]
+
+
+def _read_list(name: str) -> list[str]:
+    text = storage.read_bytes(name).decode("utf-8", errors="replace")
+    lines = [line.strip() for line in text.splitlines()]
+    entries = [line for line in lines if line and not line.startswith("#")]
+    if not entries:
+        raise InputError(f"the list {name!r} names no shard")
+    folder = "" if storage.is_remote(name) else str(storage.local_path(name).parent)
+    shards: list[str] = []
+    for entry in entries:
+        if entry.lower().endswith(LIST_ENDINGS):
+            raise InputError(f"the list {name!r} names another list, {entry!r}; expected shards")
+        is_relative = folder and not storage.is_remote(entry) and not entry.startswith(("/", "~"))
+        shards += _expand(f"{folder}/{entry}" if is_relative else entry)
+    return shards
+
+
+def stem_of(shard: str) -> str:
+    """A shard's file name without its ending, safe in any file name: `STEM` of the embedded slices."""
+    name = storage.name_of(shard)
+    ending = next((e for e in sorted(SHARD_ENDINGS, key=len, reverse=True) if name.lower().endswith(e)), "")
+    stem = name[: len(name) - len(ending)] if ending else name
+    return re.sub(r"[^A-Za-z0-9._-]", "_", stem)[:80] or "shard"
+
+
+# ---- streaming a tar ------------------------------------------------------------------------------------------------
+
+
+class _Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+class _TarDamageError(Exception):
+    """The stream can't be read on as a tar; becomes a quarantine row of the shard."""
+
+    def __init__(self, reason_code: str, reason: str, member: str = "") -> None:
+        super().__init__(reason_code, reason, member)
+        self.reason_code, self.reason, self.member = reason_code, reason, member
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A regular file of the tar; `problem` says why its bytes weren't taken."""
+
+    name: str
+    data: bytes
+    problem: tuple[str, str] | None = None
+
+
+class _HashingStream:
+    """Bytes of a file, digested as they pass; one block can be looked at ahead."""
+
+    def __init__(self, raw: _Readable) -> None:
+        self._raw = raw
+        self._hash = hashlib.sha256()
+        self._ahead = b""
+        self.num_bytes = 0
+
+    def peek(self, size: int) -> bytes:
+        if len(self._ahead) < size:
+            self._ahead += self._take(size - len(self._ahead))
+        return self._ahead[:size]
+
+    def read(self, size: int = -1, /) -> bytes:
+        if size < 0:
+            raise ValueError("read a bounded number of bytes")
+        ahead, self._ahead = self._ahead[:size], self._ahead[size:]
+        return ahead + (self._take(size - len(ahead)) if len(ahead) < size else b"")
+
+    def drain(self) -> str:
+        """Read what is left and give the digest of the whole file."""
+        while self._take(1 << 20):
+            pass
+        return self._hash.hexdigest()
+
+    def _take(self, size: int) -> bytes:
+        data = self._raw.read(size)
+        self._hash.update(data)
+        self.num_bytes += len(data)
+        return data
+
+
+def _open_tar(stream: _HashingStream) -> _Readable:
+    """The tar inside: gzip is known by its first bytes, not by a name."""
+    if stream.peek(2) == b"\x1f\x8b":
+        return cast(_Readable, gzip.GzipFile(fileobj=cast(BinaryIO, stream), mode="rb"))
+    return stream
+
+
+def _read_exactly(stream: _Readable, size: int) -> bytes:
+    """As many of `size` bytes as there are. Raises: _TarDamageError for a damaged gzip stream."""
+    chunks = []
+    while size > 0:
+        try:
+            chunk = stream.read(min(size, 1 << 20))
+        except EOFError:
+            break  # gzip's word for a stream cut short; the caller sees too few bytes
+        except (gzip.BadGzipFile, zlib.error) as error:
+            raise _TarDamageError("tar_unreadable", f"the gzip stream is damaged: {error}") from None
+        if not chunk:
+            break
+        chunks.append(chunk)
+        size -= len(chunk)
+    return b"".join(chunks)
+
+
+def _iterate_members(stream: _Readable, max_member_bytes: int) -> Iterator[_Member]:
+    """Every member that isn't a folder. Raises: _TarDamageError where the stream can't be read on."""
+    offset = 0
+    has_ended = False
+    extended: dict[str, str] = {}  # what pax and GNU headers say about the next member
+    while True:
+        block = _read_exactly(stream, _BLOCK)
+        where = f"at byte {offset:,}"
+        if not block or (has_ended and len(block) < _BLOCK):
+            if offset == 0:
+                raise _TarDamageError("tar_not_a_tar", "the file is empty")
+            return
+        if len(block) < _BLOCK:
+            code = "tar_truncated" if offset else "tar_not_a_tar"
+            raise _TarDamageError(code, f"the file ends inside a header {where}")
+        offset += _BLOCK
+        if block == _ZEROS:
+            has_ended = True  # tars may be concatenated: look on for another header
+            continue
+        try:
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            if has_ended:
+                return  # bytes after the end of the archive
+            if offset == _BLOCK:
+                raise _TarDamageError("tar_not_a_tar", f"no tar header in the first {_BLOCK} bytes: {error}") from None
+            raise _TarDamageError("tar_header", f"the header {where} is damaged: {error}") from None
+        has_ended = False
+        size = _extended_size(extended, info.size)
+        name = _clean_name(extended.get("path", info.name))
+        if info.type in _DATALESS_TYPES:
+            size = 0  # whatever their size field says
+        if size < 0:
+            raise _TarDamageError("tar_header", f"the header {where} declares a negative size", name)
+        padded = -(-size // _BLOCK) * _BLOCK
+        is_extension = info.type in _EXTENSION_TYPES
+        if is_extension and size > 1 << 20:
+            raise _TarDamageError("tar_header", f"an extended header of {size:,} bytes {where}")
+        if info.type == tarfile.GNUTYPE_SPARSE:
+            # The map of a sparse file goes on in further header blocks; a byte in each says whether another follows.
+            is_continued = block[482]
+            while is_continued:
+                block = _read_exactly(stream, _BLOCK).ljust(_BLOCK, b"\0")
+                offset += _BLOCK
+                is_continued = block[504]
+        is_taken = size <= max_member_bytes and info.type != tarfile.GNUTYPE_SPARSE
+        data = b""
+        if is_taken:
+            data = _read_exactly(stream, padded)
+            num_read, data = len(data), data[:size]
+        else:
+            num_read = _skip(stream, padded)
+        if num_read < size:
+            reason = f"the file ends after {num_read:,} of the {size:,} bytes of a member"
+            raise _TarDamageError("tar_truncated", reason, "" if is_extension else name)
+        offset += padded
+        if is_extension:
+            extended = {**extended, **_read_extension(info.type, data)}
+            continue
+        extended = {}
+        if info.type == tarfile.DIRTYPE or (info.type == tarfile.AREGTYPE and name.endswith("/")):
+            continue
+        problem = None
+        if not is_taken:
+            problem = ("member_too_large", f"{size:,} bytes; at most {max_member_bytes:,} are read")
+        if info.type in (tarfile.LNKTYPE, tarfile.SYMTYPE):
+            problem = ("member_unsafe", "a link; links are never followed")
+        elif info.type in _DEVICE_TYPES or info.type == tarfile.GNUTYPE_SPARSE:
+            problem = ("member_unsafe", "a device, pipe or sparse file")
+        elif _is_unsafe(name):
+            problem = ("member_unsafe", "the name is absolute or climbs out of the shard")
+        yield _Member(name, b"" if problem else data, problem)
+
+
+def _skip(stream: _Readable, size: int) -> int:
+    skipped = 0
+    while skipped < size:
+        num_read = len(_read_exactly(stream, min(size - skipped, 1 << 20)))
+        if not num_read:
+            break
+        skipped += num_read
+    return skipped
+
+
+def _extended_size(extended: dict[str, str], size: int) -> int:
+    text = extended.get("size", "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else size
+
+
+def _read_extension(kind: bytes, data: bytes) -> dict[str, str]:
+    """Path and size out of a pax or GNU extension; anything else in it doesn't concern us."""
+    if kind == tarfile.GNUTYPE_LONGNAME:
+        return {"path": data.rstrip(b"\0").decode("utf-8", "surrogateescape")}
+    if kind not in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
+        return {}
+    found: dict[str, str] = {}
+    while match := re.match(rb"(\d{1,10}) ([^=]+)=", data):
+        length = int(match.group(1))
+        value = data[match.end() : length - 1]
+        if length <= match.end():
+            break
+        keyword = match.group(2).decode("utf-8", "replace")
+        if keyword in ("path", "size"):
+            found[keyword] = value.decode("utf-8", "surrogateescape")
+        data = data[length:]
+    return found
+
+
+def _clean_name(name: str) -> str:
+    """A member's name as valid Unicode, without a leading `./`."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    while text.startswith("./"):
+        text = text[2:]
+    return text
+
+
+def _is_unsafe(name: str) -> bool:
+    parts = re.split(r"[/\\]", name)
+    return (
+        name.startswith(("/", "\\")) or ".." in parts or "\0" in name or re.match(r"[A-Za-z]:[/\\]", name) is not None
+    )
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """A member's key and extension: the key ends before the first dot of the base name; the folder stays in it."""
+    start = max(name.rfind("/"), name.rfind("\\") if _is_unsafe(name) else -1) + 1
+    base, dot, extension = name[start:].partition(".")
+    return name[:start] + base, extension if dot else ""
+
+
+def _is_junk(name: str) -> bool:
+    folder, _, base = name.rpartition("/")
+    key, extension = split_name(name)
+    if _is_unsafe(name):
+        return False  # reported, not ignored
+    if base.startswith(".") or base in _JUNK_NAMES or "__MACOSX" in folder.split("/") or not extension:
+        return True
+    stem = key.rpartition("/")[2]
+    return stem.startswith("__") and stem.endswith("__")  # WebDataset's own records, as `__info__.json`
+
+
+# ---- grouping members into samples ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How a shard is read. `pairs_as` says which task an image with a text (img2dataset's style) becomes."""
+
+    pairs_as: Literal["generation", "understanding"] = "generation"
+    max_member_bytes: int = MAX_MEMBER_BYTES
+    max_text_characters: int = MAX_TEXT_CHARACTERS
+
+
+@dataclass
+class _Group:
+    """The members of one key, as far as they have come."""
+
+    key: str
+    row: int
+    members: dict[str, bytes] = field(default_factory=dict)  # by extension
+    problem: SampleError | None = None
+    record: dict[str, Any] | None = None  # KEY.json, parsed
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(map(len, self.members.values()))
+
+    def add(self, member: _Member, extension: str) -> None:
+        if member.problem is not None:
+            self.fail(*member.problem, member.name)
+        elif extension in self.members:
+            self.fail("member_duplicate", "the sample holds this name twice", member.name)
+        else:
+            self.members[extension] = member.data
+            if extension.lower() == "json":
+                try:
+                    self.record = parse_record(member.data)
+                except SampleError as error:
+                    self.fail(error.reason_code, error.reason, member.name)
+
+    def fail(self, reason_code: str, reason: str, member: str = "") -> None:
+        self.problem = self.problem or SampleError(reason_code, reason, member)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing more is needed to judge the sample."""
+        if self.problem is not None:
+            return True
+        if self.record is not None and any(name in self.record for name in _IMAGE_FIELDS):
+            names = self.record.get("images", [])
+            return not isinstance(names, list) or all(self.find(name) is not None for name in names)
+        has_text = "txt" in self.members or (self.record is not None and "caption" in self.record)
+        return has_text and bool(self.image_extensions())
+
+    def image_extensions(self) -> list[str]:
+        return [extension for extension in self.members if extension.lower() in IMAGE_EXTENSIONS]
+
+    def find(self, name: object) -> bytes | None:
+        """The member that a name in `images` means: an extension, or a member's full or base name."""
+        if not isinstance(name, str):
+            return None
+        _, extension = split_name(_clean_name(name))
+        base = self.key.rpartition("/")[2]
+        for candidate in (name, extension if name.startswith((f"{self.key}.", f"{base}.")) else ""):
+            if candidate in self.members:
+                return self.members[candidate]
+        lowered = {known.lower(): data for known, data in self.members.items()}
+        return lowered.get(name.lower())
+
+
+class ShardReader:
+    """One pass over a shard: yields its samples and quarantine rows in tar order.
+
+    After the pass: `digest` (sha256 of the file), `num_bytes`, `num_groups` (keys seen) and `num_ignored` (junk).
+    """
+
+    def __init__(self, shard: str, options: ReadOptions | None = None) -> None:
+        self.shard = shard
+        self.options = options or ReadOptions()
+        self.digest = ""
+        self.num_bytes = 0
+        self.num_groups = 0
+        self.num_ignored = 0
+
+    def __iter__(self) -> Iterator[Sample | QuarantineRow]:
+        try:
+            with storage.open_input(self.shard) as raw:
+                stream = _HashingStream(raw)
+                yield from self._read(_open_tar(stream))
+                self.digest = stream.drain()
+                self.num_bytes = stream.num_bytes
+        except (OSError, InputError) as error:
+            yield self._row("tar_unreadable", str(error))
+
+    def _read(self, tar: _Readable) -> Iterator[Sample | QuarantineRow]:
+        open_groups: OrderedDict[str, _Group] = OrderedDict()
+        closed: set[str] = set()
+        current = ""
+        try:
+            for member in _iterate_members(tar, self.options.max_member_bytes):
+                if _is_junk(member.name):
+                    self.num_ignored += 1
+                    continue
+                key, extension = split_name(member.name)
+                group = open_groups.get(key)
+                if group is not None and key != current and extension in group.members:
+                    # The key begins anew: what came before must stand on its own.
+                    yield self._close(open_groups.pop(key))
+                    closed.add(key)
+                    group = None
+                if group is None:
+                    group = open_groups[key] = _Group(key, self.num_groups)
+                    self.num_groups += 1
+                    if key in closed:
+                        group.fail("key_duplicate", "the key occurred earlier in this shard; the first sample counts")
+                group.add(member, extension)
+                current = key
+                while open_groups and self._is_due(open_groups, current):
+                    first, done = open_groups.popitem(last=False)
+                    closed.add(first)
+                    yield self._close(done)
+        except _TarDamageError as damage:
+            yield from self._close_at_damage(open_groups, damage)
+            return
+        for group in open_groups.values():
+            yield self._close(group)
+        if not self.num_groups:
+            yield self._row("tar_empty", f"the tar holds no sample ({self.num_ignored} members ignored)")
+
+    @staticmethod
+    def _is_due(open_groups: OrderedDict[str, _Group], current: str) -> bool:
+        """Whether the oldest open sample should come out now: complete, or waited for long enough."""
+        oldest = next(iter(open_groups.values()))
+        if oldest.key == current:
+            return False  # more of its members may follow
+        if oldest.is_complete or len(open_groups) > MAX_OPEN_SAMPLES:
+            return True
+        return sum(group.num_bytes for group in open_groups.values()) > MAX_OPEN_BYTES
+
+    def _close(self, group: _Group) -> Sample | QuarantineRow:
+        try:
+            if group.problem is not None:
+                raise group.problem
+            return _build_sample(self.shard, group, self.options)
+        except SampleError as error:
+            return self._row(error.reason_code, error.reason, group.key, error.member)
+
+    def _close_at_damage(
+        self, open_groups: OrderedDict[str, _Group], damage: _TarDamageError
+    ) -> Iterator[Sample | QuarantineRow]:
+        """What can be saved where a tar breaks off, and one row for each sample that it cut."""
+        cut_key = split_name(damage.member)[0] if damage.member and not _is_junk(damage.member) else ""
+        for key, group in open_groups.items():
+            if key == cut_key:
+                continue
+            result = self._close(group)
+            if isinstance(result, QuarantineRow) and group.problem is None and not group.is_complete:
+                result = self._row(damage.reason_code, f"cut off: {result.reason}", key, result.member)
+            yield result
+        yield self._row(damage.reason_code, damage.reason, cut_key, damage.member)
+
+    def _row(self, reason_code: str, reason: str, key: str = "", member: str = "") -> QuarantineRow:
+        texts = (self.shard, key, member, reason_code, reason[:500])
+        return QuarantineRow(*(text.encode("utf-8", "backslashreplace").decode() for text in texts))
+
+
+# ---- reading one sample ---------------------------------------------------------------------------------------------
+
+
+def parse_record(data: bytes) -> dict[str, Any]:
+    """A sample's json as a mapping; NaN and infinities are null. Raises: SampleError `json_invalid`."""
+    try:
+        record = json.loads(data.decode("utf-8-sig"), parse_constant=lambda _: None)
+    except (ValueError, RecursionError) as error:
+        raise SampleError("json_invalid", f"{type(error).__name__}: {error}"[:300]) from None
+    if not isinstance(record, dict):
+        raise SampleError("json_invalid", f"expected an object, found a {type(record).__name__}")
+    return record
+
+
+def guess_language(messages: Sequence[Message]) -> str:
+    """`zh` where at least one letter in ten is a CJK ideograph, else `en`."""
+    text = "".join(message.content for message in messages)
+    num_letters = sum(character.isalpha() for character in text)
+    num_ideographs = sum("\u3400" <= character <= "\u9fff" for character in text)
+    return "zh" if num_ideographs * 10 >= max(num_letters, 1) else "en"
+
+
+def _build_sample(shard: str, group: _Group, options: ReadOptions) -> Sample:
+    record = group.record or {}
+    if any(name in record for name in _IMAGE_FIELDS):
+        messages, images = _parse_conversation(group, record)
+    else:
+        messages, images = _parse_pair(group, record, options)
+    num_characters = sum(len(message.content) for message in messages)
+    if num_characters > options.max_text_characters:
+        raise SampleError("text_too_long", f"{num_characters:,} characters; at most {options.max_text_characters:,}")
+    validate_messages(messages, len(images))
+    meta = {name: value for name, value in record.items() if name not in _IMAGE_FIELDS}
+    stated = record.get("lang")
+    lang = stated if isinstance(stated, str) and 0 < len(stated) <= 16 else guess_language(messages)
+    return Sample(group.key, shard, group.row, task_of(messages), lang, messages, images, meta)
+
+
+def _parse_conversation(group: _Group, record: dict[str, Any]) -> tuple[tuple[Message, ...], tuple[bytes, ...]]:
+    """Nexus-Gen's style: messages and image names in the json."""
+    names = record.get("images", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise SampleError("json_invalid", "`images` isn't a list of names")
+    turns = record.get("messages")
+    if not isinstance(turns, list) or not turns:
+        raise SampleError("messages_invalid", "`messages` isn't a list of at least one message")
+    messages = []
+    for index, turn in enumerate(turns):
+        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
+        if role not in ("system", "user", "assistant") or not isinstance(content, str):
+            raise SampleError("messages_invalid", f"message {index} has no known role with a text")
+        messages.append(Message(role, content))
+    images = []
+    for name in names:
+        data = group.find(name)
+        if data is None:
+            raise SampleError("member_missing", f"the json names {name!r}, which is not in the shard", name)
+        images.append(data)
+    return tuple(messages), tuple(images)
+
+
+def _parse_pair(
+    group: _Group, record: dict[str, Any], options: ReadOptions
+) -> tuple[tuple[Message, ...], tuple[bytes, ...]]:
+    """img2dataset's style: one image with a text, put into the paper's templates."""
+    names = group.image_extensions()
+    has_text = "txt" in group.members or "caption" in record
+    if len(names) != 1 or not has_text:
+        found = ", ".join(sorted(group.members)) or "nothing"
+        raise SampleError(
+            "sample_unknown", f"neither json with messages nor one image with a text; members: {found}"[:300]
+        )
+    if "txt" in group.members:
+        try:
+            caption = group.members["txt"].decode("utf-8-sig").strip()
+        except UnicodeDecodeError as error:
+            raise SampleError("text_invalid", f"the text isn't UTF-8: {error.reason}", f"{group.key}.txt") from None
+    else:
+        caption = record["caption"].strip() if isinstance(record["caption"], str) else ""
+    if not caption:
+        raise SampleError("text_invalid", "the caption is empty")
+    lang = str(record["lang"]) if isinstance(record.get("lang"), str) else guess_language([Message("user", caption)])
+    build = generation_messages if options.pairs_as == "generation" else understanding_messages
+    return build(caption, lang), (group.members[names[0]],)
