@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -43,18 +43,21 @@ from nexusgen.losses import autoregressive_losses
 from nexusgen.model.autoencoder import encode_latents, fit_patch_autoencoder, load_autoencoder
 from nexusgen.model.autoregressive import AutoregressiveModel, collate_conversations
 from nexusgen.model.decoder import DecoderConfig, VisionDecoder, initialise_for_training, save_decoder
-from nexusgen.model.weights import load_tokenizer, save_autoregressive, save_tensors, write_manifest
-from nexusgen.prompts import CONTROL_TOKENS, encode_conversation
-from nexusgen.schema import Message
+from nexusgen.model.tensors import save_tensors
+from nexusgen.model.weights import save_autoregressive, write_manifest
+from nexusgen.prompts import encode_conversation, load_tokenizer
+from nexusgen.schema import Message, Task
 
 GEOMETRY = Geometry(
     patch_size=8, target_size=64, reference_size=128, min_input_pixels=64 * 64, max_input_pixels=128 * 128
 )
 IMAGE_SIZE = (64, 64)
+PICTURES_PER_STEP = {GEOMETRY.target_size: 16, GEOMETRY.reference_size: 8}  # a large one costs four small ones
 HIDDEN_SIZE = 128
 LATENT_CHANNELS = 32  # at 1/8 of the image's side; 128 numbers per 16-pixel patch
 POOLED_SIZE = 64
 VOCABULARY_SIZE = 768
+SCHEDULER_SHIFT = 1.0  # pictures of 16 tokens: nothing is gained by dwelling on noise, as 1,024 tokens need
 SEED = 2504_21356
 
 # Qwen's tokens in Qwen's order; the tiny vocabulary ends with them.
@@ -82,8 +85,8 @@ _SPLIT = (
 class BaseSchedule(NamedTuple):
     """Lengths of the two trainings, in steps; the shipped base used the defaults."""
 
-    understanding_steps: int = 4000
-    decoder_steps: int = 8000
+    understanding_steps: int = 2600
+    decoder_steps: int = 4500
 
 
 def make_base(out: Path, schedule: BaseSchedule | None = None) -> None:
@@ -93,12 +96,12 @@ def make_base(out: Path, schedule: BaseSchedule | None = None) -> None:
     """
     schedule = schedule if schedule is not None else BaseSchedule()
     out.mkdir(parents=True, exist_ok=True)
-    train_tokenizer(out / "autoregressive")
+    train_tokenizer(out / "autoregressive", _world_texts(6000))
     rng = np.random.default_rng(SEED)
     scenes = [shapes.sample_scene(rng) for _ in range(4000)]
     pictures = np.stack([shapes.draw(scene, IMAGE_SIZE[0]) for scene in scenes])
     fit_patch_autoencoder(pictures, num_components=4 * LATENT_CHANNELS).save_pretrained(out / "vae")
-    make_scheduler().save_pretrained(out / "scheduler")
+    make_scheduler(SCHEDULER_SHIFT).save_pretrained(out / "scheduler")
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         halves = [
             pool.submit(train_understanding, out, schedule.understanding_steps),
@@ -119,8 +122,8 @@ def make_base(out: Path, schedule: BaseSchedule | None = None) -> None:
 # ---------------------------------------------------------------------------------------------------------- tokenizer
 
 
-def train_tokenizer(folder: Path) -> None:
-    """Train a small Qwen2 tokenizer on the demo world's text and write it in Qwen's layout."""
+def train_tokenizer(folder: Path, texts: Iterable[str]) -> None:
+    """Train a small Qwen2 tokenizer (byte-level BPE, so any text has tokens) and write it in Qwen's layout."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -136,7 +139,7 @@ def train_tokenizer(folder: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_world_texts(6000), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
@@ -153,13 +156,11 @@ def train_tokenizer(folder: Path) -> None:
         ),
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    missing = [token for token in CONTROL_TOKENS if load_tokenizer(folder).convert_tokens_to_ids(token) is None]
-    assert not missing, missing
 
 
 def _world_texts(count: int) -> Iterator[str]:
     yield from ("system\n" + defaults.SYSTEM_PROMPT, "user\n", "assistant\n")
-    tasks = ("generation", "editing", "understanding")
+    tasks: tuple[Task, ...] = ("generation", "editing", "understanding")
     for task in tasks:
         for sample in shapes.training_samples(task, 0, count // len(tasks), SEED):
             yield from (m.content.replace("<image>", "") for m in sample.messages)
@@ -238,8 +239,8 @@ class _ReadBack(nn.Module):
         return loss, F.mse_loss(self.pixels(embeddings), patches)
 
 
-def train_understanding(folder: Path, num_steps: int, images_per_size: int = 16) -> None:
-    """Pre-train vision tower and language model on captions and questions, half at 64 and half at 128 pixels."""
+def train_understanding(folder: Path, num_steps: int) -> None:
+    """Pre-train vision tower and language model on captions and questions about pictures of both sizes."""
     torch.set_num_threads(1)  # a second thread on two cores slows steps of this size down
     torch.manual_seed(SEED)
     tokenizer = load_tokenizer(folder / "autoregressive")
@@ -252,7 +253,7 @@ def train_understanding(folder: Path, num_steps: int, images_per_size: int = 16)
     groups = parameter_groups([*trained, *read_back.parameters()], weight_decay=0.01)
     optimizer = torch.optim.AdamW(groups, lr=2e-3, betas=(0.9, 0.98), fused=True)
     schedule = cosine_schedule(optimizer, num_steps, warmup_steps=100)
-    batches = _understanding_batches(tokenizer, images_per_size)
+    batches = _understanding_batches(tokenizer)
     started = time.monotonic()
     for step in range(num_steps):
         if step == int(0.8 * num_steps):
@@ -262,12 +263,14 @@ def train_understanding(folder: Path, num_steps: int, images_per_size: int = 16)
         auxiliary_weight = 1.0 - 0.8 * min(1.0, 2 * step / num_steps)
         embeddings: list[Tensor] = []
         auxiliary = torch.zeros(())
+        seen = 0
         for images in pictures:
             pixel_values, grid = to_patches([Image.fromarray(image) for image in images], GEOMETRY)
             tokens = normalise(model.encode_images(pixel_values, grid).float())
             embeddings.append(tokens)
             count = len(images)
-            place = slice(0, count) if not len(embeddings) > 1 else slice(-count, None)
+            place = slice(seen, seen + count)
+            seen += count
             cells, pixels = read_back(
                 tokens.unflatten(0, (count, -1)),
                 to_pixels([Image.fromarray(image) for image in images]),
@@ -303,15 +306,14 @@ def fold_normalisation(model: AutoregressiveModel, normalise: nn.BatchNorm1d) ->
         last.bias.sub_(normalise.running_mean).div_(std)
 
 
-def _understanding_batches(tokenizer: PreTrainedTokenizerBase, images_per_size: int) -> Iterator[tuple[Any, ...]]:
+def _understanding_batches(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Any, ...]]:
     """Batches of (pictures by size, conversations, cell labels, backgrounds): one conversation per picture."""
-    sizes = (GEOMETRY.target_size, GEOMETRY.reference_size)
     rng = np.random.default_rng(SEED + 1)
     while True:
-        scenes = [shapes.sample_scene(rng) for _ in range(len(sizes) * images_per_size)]
-        pictures, conversations = [], []
-        for index, size in enumerate(sizes):
-            group = scenes[index * images_per_size : (index + 1) * images_per_size]
+        scenes, pictures, conversations = [], [], []
+        for size, count in PICTURES_PER_STEP.items():
+            group = [shapes.sample_scene(rng) for _ in range(count)]
+            scenes += group
             pictures.append([shapes.draw(scene, size) for scene in group])
             side = size // GEOMETRY.factor
             conversations += [
@@ -323,8 +325,7 @@ def _understanding_batches(tokenizer: PreTrainedTokenizerBase, images_per_size: 
 
 
 def _conversation(scene: shapes.Scene, rng: np.random.Generator) -> tuple[Message, ...]:
-    """Several turns about one picture: its caption for a third of the pictures, else two or three questions."""
-    lang = "en" if rng.random() < 0.5 else "zh"
+    lang: shapes.Lang = "en" if rng.random() < 0.5 else "zh"
     return shapes.understanding_conversation(scene, lang, rng)
 
 
@@ -385,7 +386,7 @@ def train_decoder(folder: Path, num_steps: int, batch_size: int = 32) -> None:
     autoencoder = load_autoencoder(folder / "vae")
     decoder = VisionDecoder.from_config(tiny_decoder_config(), TRANSFORMER_SIZES)
     initialise_for_training(decoder, SEED)
-    table = training_table(make_scheduler())
+    table = training_table(make_scheduler(SCHEDULER_SHIFT))
     captions = _CaptionEncoder()
     trained = [*decoder.transformer.parameters(), *captions.parameters()]
     optimizer = torch.optim.AdamW(parameter_groups(trained, weight_decay=0.01), lr=2e-3, betas=(0.9, 0.98), fused=True)
@@ -422,7 +423,7 @@ def _caption_ids(
 ) -> Int[Tensor, "batch length"]:
     """Explicit captions, padded; one in ten is empty, as the prompt always is once embeddings take over."""
     texts = [
-        "" if rng.random() < 0.1 else shapes.explicit_caption(scene, "en" if rng.random() < 0.5 else "zh", rng)
+        "" if rng.random() < 0.1 else shapes.explicit_caption(scene, "en" if rng.random() < 0.5 else "zh")
         for scene in scenes
     ]
     encoded: Any = tokenizer(texts, add_special_tokens=False)
@@ -457,5 +458,5 @@ def cosine_schedule(
 
 
 def _report(part: str, step: int, num_steps: int, started: float, **losses: Tensor) -> None:
-    values = " ".join(f"{name} {float(value):.4f}" for name, value in losses.items())
+    values = " ".join(f"{name} {value.item():.4f}" for name, value in losses.items())
     print(f"{part} {step + 1}/{num_steps} {values} {time.monotonic() - started:.0f} s", flush=True)

@@ -9,6 +9,7 @@ PATCH_SIZE = 14  # Qwen2.5-VL vision tower, pixels on a side
 MERGE_SIZE = 2  # patches merged on a side into one token
 TARGET_SIZE = 252  # pixels: image that the autoregressive model learns to predict
 REFERENCE_SIZE = 504  # pixels: image edited from, as the editing decoder sees it
+HIDDEN_SIZE = 3584  # Qwen2.5-VL-7B, numbers of one embedding
 MIN_INPUT_PIXELS = 56 * 56  # Qwen2.5-VL image processor
 MAX_INPUT_PIXELS = 262_640  # user's images; Nexus-Gen training and inference scripts
 

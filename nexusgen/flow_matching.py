@@ -74,7 +74,7 @@ def sample_levels(table: Levels, num_samples: int, generator: torch.Generator, d
 
 
 def interpolate(
-    clean: Float[Tensor, "batch *latent"], noise: Float[Tensor, "batch *latent"], sigmas: Float[Tensor, " batch"]
+    clean: Float[Tensor, "batch *latent"], noise: Float[Tensor, "batch *latent"], sigmas: Float[Tensor, " levels"]
 ) -> Float[Tensor, "batch *latent"]:
     """The point between a clean latent and noise: (1 - sigma) clean + sigma noise; sigma in [0, 1], 1 is pure noise.
 

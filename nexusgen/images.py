@@ -11,7 +11,7 @@ import functools
 import io
 import warnings
 from collections.abc import Sequence
-from typing import Self
+
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ class Geometry(Config):
     max_input_pixels: int = defaults.MAX_INPUT_PIXELS
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
+    def _check(self) -> Geometry:
         for name in ("target_size", "reference_size"):
             size = getattr(self, name)
             if size <= 0 or size % self.factor:

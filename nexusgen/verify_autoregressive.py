@@ -190,7 +190,9 @@ def _generation_cases(
     new = sequence[len(prompt_ids) :]
     wrong = _decided_mismatches(torch.tensor(reply.token_ids), new, recorded["step_index"], recorded["step_logits"])
     yield compare_exact(f"{name}.token_ids_decided", torch.tensor(wrong), torch.tensor(0))
-    yield compare(f"{name}.image_embeddings", torch.cat([*reply.images, nothing]), recorded["image_embeds"], FP32_TOLERANCE)
+    yield compare(
+        f"{name}.image_embeddings", torch.cat([*reply.images, nothing]), recorded["image_embeds"], FP32_TOLERANCE
+    )
     finite = recorded["step_logits"].isfinite()
     chosen = [reply.logits[step] if step < len(reply.logits) else None for step in recorded["step_index"].tolist()]
     logits = torch.stack([torch.full_like(finite[0], _NAN, dtype=torch.float32) if c is None else c for c in chosen])

@@ -14,13 +14,12 @@ import itertools
 import queue
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from pydantic import Field, model_validator
 
 from nexusgen.config import Config
@@ -30,10 +29,9 @@ from nexusgen.schema import TASKS, Task
 SHUFFLE_ROWS = 4096  # rows mixed with each other: whole slices, read once each, that a worker can hold
 LENGTH_ROWS = 1024  # rows sorted by length together before a token budget cuts them; more pads less
 NUM_PREFETCHED = 4  # batches made ahead
-MAX_CACHE_BYTES = 1_500_000_000  # prepared samples kept in memory, so that small data is read and tokenised once
 
-PreparedT = TypeVar("PreparedT")
 BatchT = TypeVar("BatchT")
+BatchT_co = TypeVar("BatchT_co", covariant=True)
 Rows = Int[np.ndarray, " rows"]
 
 
@@ -120,7 +118,9 @@ def _sequence(table: RowTable, rule: BatchRule, seed: int, epoch: int) -> Rows:
     pools = [np.flatnonzero(table.tasks == TASKS.index(task)) for task in rule.mixture]
     for task, pool in zip(rule.mixture, pools, strict=True):
         if not len(pool):
-            raise InputError(f"the mixture asks for task {task}, but the data has no training row of it: remove the task")
+            raise InputError(
+                f"the mixture asks for task {task}, but the data has no training row of it: remove the task"
+            )
     total = sum(rule.mixture.values())
     shares = [share / total for share in rule.mixture.values()]
     length = max(len(pool) / share for pool, share in zip(pools, shares, strict=True))
@@ -205,7 +205,7 @@ def check_world_size(virtual_streams: int, world_size: int) -> None:
         )
 
 
-# --- execution: the plan's rows, read and prepared in the training process ---------------------------------------------
+# --- execution: the plan's rows, read and prepared in the training process ---
 
 
 @dataclass(frozen=True)
@@ -217,10 +217,10 @@ class Batch(Generic[BatchT]):
     wait_s: float
 
 
-class Source(Protocol[BatchT]):
+class Source(Protocol[BatchT_co]):
     """Where a plan's rows come from: number in, batch out."""
 
-    def batch(self, rows: Rows) -> BatchT:
+    def batch(self, rows: Rows) -> BatchT_co:
         """The batch of these rows, in their order. Raises: InputError if a row can't be used."""
         ...
 

@@ -1,14 +1,14 @@
 """Checkpoints of a training stage: written whole or not at all, found again by one pointer.
 
-    STORAGE/checkpoints/NAME/STAGE/
-        config.yaml            the resolved configuration
-        run.json               MLflow run and inputs
-        progress.json          where the training is, for the progress line and for `status`
-        latest.json            {"step", "path"}: the last complete checkpoint, written after it
-        step-NNNNNN/
-            model.safetensors  the trained module's weights under its own names, fp32
-            state.pt           optimizer and random state
-            meta.json          Meta, below
+STORAGE/checkpoints/NAME/STAGE/
+    config.yaml            the resolved configuration
+    run.json               MLflow run and inputs
+    progress.json          where the training is, for the progress line and for `status`
+    latest.json            {"step", "path"}: the last complete checkpoint, written after it
+    step-NNNNNN/
+        model.safetensors  the trained module's weights under its own names, fp32
+        state.pt           optimizer and random state
+        meta.json          Meta, below
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def latest(folder: str) -> Checkpoint | None:
         uri = storage.join(folder, json.loads(storage.read_bytes(pointer))["path"])
         return Checkpoint(uri, Meta.model_validate_json(storage.read_bytes(storage.join(uri, "meta.json"))))
     except (ValidationError, ValueError, KeyError) as error:
-        raise ModelError(f"{pointer} doesn't lead to a readable checkpoint: {error}; start over with fresh=true") from None
+        raise ModelError(
+            f"{pointer} doesn't lead to a readable checkpoint: {error}; start over with fresh=true"
+        ) from None
 
 
 def forget(folder: str) -> None:

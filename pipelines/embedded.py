@@ -185,3 +185,15 @@ def decode_entry(data: bytes, dtype: str, grid: tuple[int, int]) -> Shaped[Tenso
 def decode_latents_entry(data: bytes, dtype: str, grid: tuple[int, int]) -> Shaped[Tensor, "channels height width"]:
     """An entry of the role `latents` as [channels, h, w]; `grid` is its (h, w) in latent pixels."""
     return decode_array(data, dtype, (-1, *grid))
+
+
+def check_modes_agree(storage_uri: str, name: str, modes: Sequence[EmbedMode]) -> None:
+    """See that modes of one name hold the same slices and rows, so that they join by position. Raises: InputError."""
+    shapes = []
+    for mode in modes:
+        manifest = read_manifest(storage_uri, name, mode)
+        shapes.append({storage.name_of(info.uri): info.num_rows for info in manifest.slices})
+    if any(shape != shapes[0] for shape in shapes):
+        raise InputError(
+            f"the modes {', '.join(modes)} of {name!r} don't hold the same slices: embed them from the same input"
+        )

@@ -27,16 +27,16 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from nexusgen.config import Config, dump_config
 from nexusgen.errors import ConfigError, FingerprintError, GateError, InputError, ModelError, UsageError
 from nexusgen.model.weights import MANIFEST_NAME, assemble_model, demo_base, read_manifest
-from pipelines import storage, tracking
+from pipelines import checkpoint, storage, tracking
+from pipelines.checkpoint import Checkpoint
 from pipelines.runtime import CpuMeter, JobReport
 
 if TYPE_CHECKING:
@@ -81,19 +81,6 @@ class PromoteConfig(Config):
     thresholds: dict[str, float] = Field(default_factory=lambda: dict(CHAMPION_THRESHOLDS))
 
 
-@dataclass(frozen=True)
-class _Checkpoint:
-    """A stage's checkpoint: where it is, and what its `meta.json` says."""
-
-    stage: str
-    uri: str
-    meta: dict[str, Any]
-
-    @property
-    def identity(self) -> list[Any]:
-        return [self.stage, self.uri, self.meta.get("step"), self.meta.get("run_id")]
-
-
 def register(config: RegisterConfig, parent_run_id: str | None = None) -> JobReport:
     """Assemble STORAGE/models/FINGERPRINT from the base and the trained checkpoints, and make a version of it.
 
@@ -103,11 +90,11 @@ def register(config: RegisterConfig, parent_run_id: str | None = None) -> JobRep
     """
     with CpuMeter() as meter:
         base = resolve_model(config.model, config.storage)
-        checkpoints = _find_checkpoints(config)
+        trained = _find_checkpoints(config)
         base_fingerprint = read_manifest(base).fingerprint
-        for checkpoint in checkpoints:
-            _check_base(checkpoint, base_fingerprint, config.model)
-        recipe = _hash([base_fingerprint, *[checkpoint.identity for checkpoint in checkpoints]])
+        for found in trained.values():
+            _check_base(found, base_fingerprint, config.model)
+        recipe = _hash([base_fingerprint, *[_identity(found) for found in trained.values()]])
         client = tracking.connect(config.storage)
         version = _find_version(client, TAG_RECIPE, recipe)
         if version is not None and storage.exists(storage.join(_model_uri(config.storage, version), MANIFEST_NAME)):
@@ -115,21 +102,16 @@ def register(config: RegisterConfig, parent_run_id: str | None = None) -> JobRep
         with tracking.job_run(
             config.storage, config.name, "register", dump_config(config), parent=parent_run_id
         ) as run:
-            lineage = _lineage(config, base_fingerprint, checkpoints) | {"register_run_id": run.run_id}
-            fingerprint = _publish(config, base, checkpoints, lineage)
+            lineage = _lineage(config, base_fingerprint, trained) | {"register_run_id": run.run_id}
+            fingerprint = _publish(config, base, trained, lineage)
             run.set_tags({tracking.TAG_FINGERPRINT: fingerprint})
-            for checkpoint in checkpoints:
-                run.log_dataset_input(
-                    f"checkpoint {checkpoint.stage}",
-                    checkpoint.uri,
-                    _hash(checkpoint.identity),
-                    context=checkpoint.stage,
-                    run_id=checkpoint.meta.get("run_id"),
-                )
+            for stage, found in trained.items():
+                digest = _hash(_identity(found))
+                run.log_dataset_input(f"checkpoint {stage}", found.uri, digest, stage, run_id=found.meta.run_id)
             version = _find_version(client, tracking.TAG_FINGERPRINT, fingerprint)
             is_known = version is not None
             if version is None:
-                tags = _version_tags(config, fingerprint, recipe, run.run_id, checkpoints)
+                tags = _version_tags(config, fingerprint, recipe, run.run_id, trained)
                 version = _create_version(client, config.storage, fingerprint, run.run_id, tags)
             report = _register_report(meter, config.storage, version, reused=is_known, run_id=run.run_id)
             run.log_report(report)
@@ -233,64 +215,81 @@ def scores_uri(storage_uri: str, fingerprint: str, suite: str) -> str:
 # --- register ---------------------------------------------------------------------------------------------------------
 
 
-def _find_checkpoints(config: RegisterConfig) -> list[_Checkpoint]:
-    found = []
+def _find_checkpoints(config: RegisterConfig) -> dict[str, Checkpoint]:
+    """The trained checkpoints by stage."""
+    trained = {}
     for stage, wanted in (("ar", config.ar), ("generation_decoder", config.generation_decoder)):
         if wanted is None:
             continue
-        uri = _latest_checkpoint(config, stage) if wanted == "latest" else wanted
-        meta = _read_json(storage.join(uri, "meta.json"), f"checkpoint {uri}")
-        if meta.get("stage") != stage:
-            raise ModelError(f"checkpoint {uri} is of stage {meta.get('stage')!r}, but register.{stage} names it")
-        found.append(_Checkpoint(stage, uri, meta))
-    if not found:
+        found = _latest_checkpoint(config, stage) if wanted == "latest" else _read_checkpoint(wanted)
+        if found.meta.stage != stage:
+            raise ModelError(f"{stage}={wanted}: that checkpoint is of stage {found.meta.stage}")
+        trained[stage] = found
+    if not trained:
         raise ConfigError("register: ar and generation_decoder are both null, so there is nothing to publish")
+    return trained
+
+
+def _latest_checkpoint(config: RegisterConfig, stage: str) -> Checkpoint:
+    folder = checkpoint.stage_folder(config.storage, config.name, stage)
+    found = checkpoint.latest(folder)
+    if found is None:
+        raise InputError(
+            f"no checkpoint of stage {stage} in {folder}: train it first, "
+            f"or keep the base's own weights with {stage}=null"
+        )
     return found
 
 
-def _latest_checkpoint(config: RegisterConfig, stage: str) -> str:
-    folder = storage.join(config.storage, "checkpoints", config.name, stage)
-    pointer = storage.join(folder, "latest.json")
-    if not storage.exists(pointer):
-        raise InputError(
-            f"no checkpoint of stage {stage} at {folder}: train it first, "
-            f"or keep the base's own weights with {stage}=null"
-        )
-    return storage.join(folder, str(_read_json(pointer, f"checkpoint pointer {pointer}")["path"]))
+def _read_checkpoint(uri: str) -> Checkpoint:
+    meta = storage.join(uri, "meta.json")
+    if not storage.exists(meta):
+        raise InputError(f"{uri} is not a checkpoint: {meta} is missing")
+    try:
+        return Checkpoint(uri, checkpoint.Meta.model_validate_json(storage.read_bytes(meta)))
+    except ValidationError as error:
+        raise ModelError(f"{meta} can't be read: {error}") from None
 
 
-def _check_base(checkpoint: _Checkpoint, base_fingerprint: str, model: str) -> None:
-    trained_from = checkpoint.meta.get("base_fingerprint")
-    if trained_from != base_fingerprint:
+def _identity(found: Checkpoint) -> list[Any]:
+    """What tells one checkpoint from another without reading its weights."""
+    return [found.meta.stage, found.uri, found.meta.step, found.meta.run_id]
+
+
+def _check_base(found: Checkpoint, base_fingerprint: str, model: str) -> None:
+    if found.meta.base_fingerprint != base_fingerprint:
         raise FingerprintError(
-            f"checkpoint {checkpoint.uri} was trained from base {str(trained_from)[:12]}, but model={model} is "
-            f"{base_fingerprint[:12]}: register it with the base it was trained from"
+            f"checkpoint {found.uri} was trained from base {found.meta.base_fingerprint}, but model={model} is "
+            f"{base_fingerprint}: register it with the base it was trained from"
         )
 
 
-def _lineage(config: RegisterConfig, base_fingerprint: str, checkpoints: list[_Checkpoint]) -> dict[str, Any]:
+def _lineage(config: RegisterConfig, base_fingerprint: str, trained: dict[str, Checkpoint]) -> dict[str, Any]:
     return {
         "project": config.name,
         "base_fingerprint": base_fingerprint,
         "stages": {
-            checkpoint.stage: {
-                "checkpoint": checkpoint.uri,
-                "step": checkpoint.meta.get("step"),
-                "run_id": checkpoint.meta.get("run_id"),
-                "inputs": checkpoint.meta.get("inputs", []),
+            stage: {
+                "checkpoint": found.uri,
+                "step": found.meta.step,
+                "run_id": found.meta.run_id,
+                "inputs": [data.model_dump() for data in found.meta.inputs],
             }
-            for checkpoint in checkpoints
+            for stage, found in trained.items()
         },
     }
 
 
-def _publish(config: RegisterConfig, base: Path, checkpoints: list[_Checkpoint], lineage: dict[str, Any]) -> str:
+def _publish(config: RegisterConfig, base: Path, trained: dict[str, Checkpoint], lineage: dict[str, Any]) -> str:
     """Assemble the model and put it at STORAGE/models/FINGERPRINT, unless it is there. Returns the fingerprint."""
     models = None if storage.is_remote(config.storage) else storage.local_path(config.storage) / "models"
     if models is not None:
         models.mkdir(parents=True, exist_ok=True)  # assembled on the same disk, so that renaming is atomic
     with tempfile.TemporaryDirectory(prefix=".assembling-", dir=models) as scratch:
-        weights = {c.stage: _local_file(storage.join(c.uri, "model.safetensors"), Path(scratch)) for c in checkpoints}
+        weights = {
+            stage: _local_file(storage.join(found.uri, "model.safetensors"), Path(scratch))
+            for stage, found in trained.items()
+        }
         out = Path(scratch) / "model"
         manifest = assemble_model(
             base,
@@ -300,7 +299,7 @@ def _publish(config: RegisterConfig, base: Path, checkpoints: list[_Checkpoint],
             lineage=lineage,
         )
         (out / "config.yaml").write_text(dump_config(config), encoding="utf-8")
-        run = {"run_id": lineage["register_run_id"], "inputs": [{"uri": c.uri} for c in checkpoints]}
+        run = {"run_id": lineage["register_run_id"], "inputs": [{"uri": found.uri} for found in trained.values()]}
         (out / "run.json").write_text(json.dumps(run, indent=2), encoding="utf-8")
         target = storage.join(config.storage, "models", manifest.fingerprint)
         if storage.exists(storage.join(target, MANIFEST_NAME)):
@@ -325,17 +324,16 @@ def _local_file(uri: str, scratch: Path) -> Path:
 
 
 def _version_tags(
-    config: RegisterConfig, fingerprint: str, recipe: str, run_id: str, checkpoints: list[_Checkpoint]
+    config: RegisterConfig, fingerprint: str, recipe: str, run_id: str, trained: dict[str, Checkpoint]
 ) -> dict[str, str]:
-    inputs = [{"stage": c.stage, **entry} for c in checkpoints for entry in c.meta.get("inputs", [])]
-    runs = {f"{TAG_RUN}.{c.stage}": str(c.meta["run_id"]) for c in checkpoints if c.meta.get("run_id")}
+    inputs = [{"stage": stage, **data.model_dump()} for stage, found in trained.items() for data in found.meta.inputs]
     return {
         tracking.TAG_FINGERPRINT: fingerprint,
         TAG_PROJECT: config.name,
         TAG_RECIPE: recipe,
         TAG_INPUTS: json.dumps(inputs),
         f"{TAG_RUN}.register": run_id,
-        **runs,
+        **{f"{TAG_RUN}.{stage}": found.meta.run_id for stage, found in trained.items()},
     }
 
 
@@ -354,7 +352,7 @@ def _create_version(
         folder = storage.local_path(source)
         is_served = client.tracking_uri.startswith("http")
         source = _store_as_artifacts(client, folder, run_id, storage_uri) if is_served else str(folder)
-    return client.create_model_version(MODEL_NAME, source, run_id=run_id, tags=tags)
+    return client.create_model_version(MODEL_NAME, source, run_id=run_id, tags=tags, await_creation_for=0)
 
 
 def _store_as_artifacts(client: MlflowClient, folder: Path, run_id: str, storage_uri: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -198,6 +199,8 @@ def _start_ray(address: str | None, local_cpus: int | None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address:
+        _check_reachable(address)
     import ray
 
     options: dict[str, Any] = {
@@ -219,6 +222,20 @@ def _start_ray(address: str | None, local_cpus: int | None) -> None:
     except (ConnectionError, OSError, ValueError, RuntimeError) as error:
         where = f"no usable Ray cluster at RAY_ADDRESS={address}" if address else "the local Ray cluster doesn't start"
         raise ResourceError(f"{where}: {error}") from error
+
+
+def _check_reachable(address: str) -> None:
+    """Ray tries a dead address for minutes; a closed port shows at once. Names without a port (`auto`) are Ray's."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ResourceError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}): start it, correct the address, "
+            "or unset RAY_ADDRESS to use this machine"
+        ) from None
 
 
 def _worker_environment() -> dict[str, str]:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,19 +74,17 @@ def serve(config: ServeConfig, block: bool = True) -> None:
         return
     check(config)
     stopping = threading.Event()
-    handlers = {number: signal.signal(number, lambda *_: stopping.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with runtime.ray_cluster(_num_cpus(config), "serve"):
-            try:
-                start(config)
-                print(_greeting(config), flush=True)
-                stopping.wait()
-                print("stopping: running requests end first", file=sys.stderr, flush=True)
-            finally:
+    with runtime.ray_cluster(_num_cpus(config), "serve") as cluster, _set_by_signals(stopping):
+        try:
+            start(config)
+            print(_greeting(config), flush=True)
+            stopping.wait()
+            print("stopping: running requests end first", file=sys.stderr, flush=True)
+        finally:
+            if cluster.is_local:
+                ray_serve.delete(APP_NAME)  # lets requests end; the rest of Serve goes with the cluster
+            else:
                 shutdown()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def check(config: ServeConfig) -> None:
@@ -108,6 +108,7 @@ def start(config: ServeConfig) -> str:
     Raises: InputError or ModelError if there is no such model or it can't draw, ResourceError if the port is taken.
     """
     check(config)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     ray_serve.start(
         http_options={"host": config.host, "port": config.port, "request_timeout_s": config.request_timeout_s},
@@ -276,6 +277,18 @@ def _application(config: ServeConfig) -> Application:
     pinned = registry.pin_model(config.model, config.storage)
     num_threads = max(1, int(config.replica_cpus))
     return ingress.bind(model.bind(pinned, _absolute(config.storage), config.max_batch, num_threads))
+
+
+@contextmanager
+def _set_by_signals(event: threading.Event) -> Iterator[None]:
+    """SIGINT and SIGTERM set the event. Entered after Ray has started, as Ray takes SIGTERM for itself."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, lambda *_: event.set()) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, handlers, strict=True):
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def _absolute(uri: str) -> str:

@@ -178,9 +178,10 @@ class _Readable(Protocol):
 class _TarDamageError(Exception):
     """The stream can't be read on as a tar; becomes a quarantine row of the shard."""
 
-    def __init__(self, reason_code: str, reason: str, member: str = "") -> None:
+    def __init__(self, reason_code: str, reason: str, member: str = "", *, is_tolerable: bool = False) -> None:
         super().__init__(reason_code, reason, member)
         self.reason_code, self.reason, self.member = reason_code, reason, member
+        self.is_tolerable = is_tolerable  # no harm, unless it cut a sample
 
 
 @dataclass(frozen=True)
@@ -260,7 +261,9 @@ def _iterate_members(stream: _Readable, max_member_bytes: int) -> Iterator[_Memb
         if not block or (has_ended and len(block) < _BLOCK):
             if offset == 0:
                 raise _TarDamageError("tar_not_a_tar", "the file is empty")
-            return
+            if has_ended:
+                return
+            raise _TarDamageError("tar_truncated", "the end-of-archive mark is missing", is_tolerable=True)
         if len(block) < _BLOCK:
             code = "tar_truncated" if offset else "tar_not_a_tar"
             raise _TarDamageError(code, f"the file ends inside a header {where}")
@@ -321,6 +324,8 @@ def _iterate_members(stream: _Readable, max_member_bytes: int) -> Iterator[_Memb
         elif _is_unsafe(name):
             problem = ("member_unsafe", "the name is absolute or climbs out of the shard")
         yield _Member(name, b"" if problem else data, problem)
+        if num_read < padded:
+            raise _TarDamageError("tar_truncated", f"the file ends in the padding after {name!r}"[:300])
 
 
 def _skip(stream: _Readable, size: int) -> int:
@@ -548,7 +553,10 @@ class ShardReader:
             if isinstance(result, QuarantineRow) and group.problem is None and not group.is_complete:
                 result = self._row(damage.reason_code, f"cut off: {result.reason}", key, result.member)
             yield result
-        yield self._row(damage.reason_code, damage.reason, cut_key, damage.member)
+        if not damage.is_tolerable:
+            yield self._row(damage.reason_code, damage.reason, cut_key, damage.member)
+        elif not self.num_groups:
+            yield self._row("tar_empty", f"the tar holds no sample ({self.num_ignored} members ignored)")
 
     def _row(self, reason_code: str, reason: str, key: str = "", member: str = "") -> QuarantineRow:
         texts = (self.shard, key, member, reason_code, reason[:500])

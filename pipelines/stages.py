@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from PIL import Image
 from torch import Tensor, nn
 
@@ -33,7 +34,7 @@ from nexusgen.flow_matching import (
 from nexusgen.images import from_pixels
 from nexusgen.losses import AUTOREGRESSIVE_WEIGHTS, LossPart, autoregressive_losses
 from nexusgen.model.autoencoder import decode_latents
-from nexusgen.model.autoregressive import ConversationBatch, collate_conversations
+from nexusgen.model.autoregressive import AutoregressiveModel, ConversationBatch, collate_conversations
 from nexusgen.model.decoder import VisionDecoder
 from nexusgen.model.weights import Model, load_model
 from nexusgen.prompts import Conversation, encode_conversation
@@ -65,7 +66,7 @@ class EmbeddedRow:
 
 
 class StepRandom:
-    """Random numbers of one step, a pure function of (seed, step, sample key): the same on any rank, after any restart."""
+    """Random numbers of a step, a pure function of (seed, step, sample key): the same on any rank, after a restart."""
 
     def __init__(self, seed: int, step: int) -> None:
         self._prefix = f"{seed}/{step}/"
@@ -81,10 +82,16 @@ class Stage(ABC, Generic[PreparedT, BatchT]):
     name: ClassVar[StageName]
     roles: ClassVar[Mapping[EmbedMode, tuple[str, ...]]]  # what it reads, by embed mode
     encoders: ClassVar[Mapping[EmbedMode, str]]  # part of the model whose fingerprint the data of a mode must carry
+    parts: ClassVar[tuple[str, ...]]  # of the model folder
     tasks: ClassVar[tuple[Task, ...]]  # samples of other tasks are left out
     weights: ClassVar[Mapping[str, float]]  # of the loss parts
 
     module: nn.Module
+
+    @staticmethod
+    @abstractmethod
+    def lengths(columns: Mapping[str, pa.ChunkedArray]) -> Int[np.ndarray, " rows"]:
+        """Tokens of each row, by which batches are formed; 0 where a row lacks what the stage needs."""
 
     @abstractmethod
     def prepare(self, row: EmbeddedRow) -> PreparedT:
@@ -127,24 +134,28 @@ class AutoregressiveStage(Stage[PreparedConversation, ConversationBatch]):
     name = "ar"
     roles: ClassVar = {"vision": ("input", "target")}
     encoders: ClassVar = {"vision": "vision"}
+    parts = ("autoregressive",)
     tasks = ("generation", "editing", "understanding")
     weights = AUTOREGRESSIVE_WEIGHTS
 
     def __init__(self, folder: Path) -> None:
-        model = load_model(folder, parts=("autoregressive",))
+        model = load_model(folder, parts=self.parts)
         assert model.autoregressive is not None
         assert model.tokenizer is not None
-        self.module = model.autoregressive
+        self.module: AutoregressiveModel = model.autoregressive
+        self._num_target_tokens = model.manifest.geometry.num_target_tokens
         self.module.qwen.model.visual = nn.Identity()
         self._tokenizer = model.tokenizer
         self._nothing = torch.zeros(0, self.module.hidden_size)
 
+    @staticmethod
+    def lengths(columns: Mapping[str, pa.ChunkedArray]) -> Int[np.ndarray, " rows"]:
+        return columns["num_tokens"].to_numpy().astype(np.int64)
+
     def prepare(self, row: EmbeddedRow) -> PreparedConversation:
         images = sorted([*row.images["input"], *row.images["target"]], key=lambda image: image.index)
         conversation = encode_conversation(self._tokenizer, row.messages, [image.grid for image in images])
-        return PreparedConversation(
-            conversation, self._join(row.images["input"]), self._join(row.images["target"])
-        )
+        return PreparedConversation(conversation, self._join(row.images["input"]), self._join(row.images["target"]))
 
     def collate(self, samples: Sequence[PreparedConversation]) -> ConversationBatch:
         return collate_conversations(
@@ -162,7 +173,7 @@ class AutoregressiveStage(Stage[PreparedConversation, ConversationBatch]):
     def baseline(
         self, train: Sequence[PreparedConversation], validation: Sequence[PreparedConversation]
     ) -> dict[str, float]:
-        """`mse_mean_embedding`: always predicting, at each position of the image, the mean of training targets there."""
+        """`mse_mean_embedding`: always predicting, at each place of the image, the mean of training targets there."""
         known, held_out = self._targets(train), self._targets(validation)
         if not len(known) or not len(held_out):
             return {}
@@ -170,7 +181,7 @@ class AutoregressiveStage(Stage[PreparedConversation, ConversationBatch]):
 
     def _targets(self, samples: Sequence[PreparedConversation]) -> Float[Tensor, "images tokens hidden"]:
         targets = torch.cat([self._nothing, *[sample.targets.float() for sample in samples]])
-        return targets.unflatten(0, (-1, self.module.geometry.num_target_tokens))
+        return targets.unflatten(0, (-1, self._num_target_tokens))
 
     def _join(self, images: Sequence[StoredImage]) -> Float[Tensor, "tokens hidden"]:
         if not images:
@@ -205,16 +216,24 @@ class GenerationDecoderStage(Stage[PreparedPicture, PictureBatch]):
     name = "generation_decoder"
     roles: ClassVar = {"vision": ("crop",), "latents": ("latents",)}
     encoders: ClassVar = {"vision": "vision", "latents": "vae"}
+    parts = ("generation_decoder", "vae")
     tasks = ("generation", "editing")
     weights = FLOW_WEIGHTS
 
     def __init__(self, folder: Path, levels: LevelDensity) -> None:
-        self._model: Model = load_model(folder, parts=("generation_decoder", "vae"))
+        self._model: Model = load_model(folder, parts=self.parts)
         assert self._model.generation_decoder is not None
         assert self._model.scheduler is not None
         self.module: VisionDecoder = self._model.generation_decoder
         self._levels = levels
         self._table = training_table(self._model.scheduler)
+
+    @staticmethod
+    def lengths(columns: Mapping[str, pa.ChunkedArray]) -> Int[np.ndarray, " rows"]:
+        grids = zip(columns["crop_grid"].to_pylist(), columns["latents_grid"].to_pylist(), strict=True)
+        return np.array(
+            [_num_tokens(crop[-2:]) + _num_tokens(latent[-2:]) // 4 if crop and latent else 0 for crop, latent in grids]
+        )
 
     def prepare(self, row: EmbeddedRow) -> PreparedPicture:
         """The last image of the sample that has both: the assistant's."""
@@ -263,6 +282,11 @@ class GenerationDecoderStage(Stage[PreparedPicture, PictureBatch]):
             torch.cat([level.weights for level in levels]),
         )
         return joined, torch.stack(noise)
+
+
+def _num_tokens(grid: Sequence[int]) -> int:
+    height, width = grid
+    return height * width
 
 
 AnyStage = AutoregressiveStage | GenerationDecoderStage

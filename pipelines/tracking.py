@@ -126,6 +126,7 @@ def connect(storage: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # where commands print their json
     uri = mlflow_uri(storage)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
@@ -400,7 +401,10 @@ class _Outbox:
         self._client = client
         self._run_id = run_id
         self._folder = spool_root / f"{run_id}-{uuid.uuid4().hex[:8]}"
-        (self._folder / "files").mkdir(parents=True)
+        try:
+            (self._folder / "files").mkdir(parents=True)
+        except OSError as error:
+            raise InputError(f"the spool {self._folder} of MLflow records can't be written: {error.strerror}") from None
         self._spool = (self._folder / "records.jsonl").open("a", encoding="utf-8")
         fcntl.flock(self._spool, fcntl.LOCK_EX)  # others see that this spool has a living owner
         self._pending: deque[_Record] = deque()

@@ -9,7 +9,7 @@ import math
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -83,9 +83,9 @@ class ModulationEmbedding(nn.Module):
         self.text_embedder = plain.text_embedder
 
     def embed(
-        self, timestep: Float[Tensor, " batch"], guidance_scale: float, pooled: Float[Tensor, "1 pooled"]
+        self, timestep: Float[Tensor, " batch"], guidance_scale: float, pooled: Float[Tensor, "rows pooled"]
     ) -> Float[Tensor, "batch inner"]:
-        """`timestep` in 0..1000."""
+        """`timestep` in 0..1000; `pooled` is one row for all samples, or one each."""
         dtype = self.timestep_embedder.linear_1.weight.dtype
         # In bf16 the guidance of 3.5 * 1000 becomes 3504: so it was when the released weights were trained.
         guidance = torch.tensor([guidance_scale], dtype=dtype, device=timestep.device) * 1000
@@ -137,17 +137,21 @@ class VisionDecoder(nn.Module):
         return cls(config, FluxTransformer2DModel(**transformer))
 
     @property
-    def latent_channels(self) -> int:
-        return int(self.transformer.config.in_channels) // 4
+    def dtype(self) -> torch.dtype:
+        """Of the weights. Inputs are brought to it; under autocast it stays that of the master weights."""
+        return cast(torch.dtype, self.transformer.x_embedder.weight.dtype)
 
     def forward(
         self,
         latents: Float[Tensor, "batch channels height width"],
         timestep: Float[Tensor, " batch"],
         embeddings: Float[Tensor, "batch tokens embedding"],
-        pooled: Float[Tensor, "1 pooled"],
+        pooled: Float[Tensor, "rows pooled"],
     ) -> Float[Tensor, "batch channels height width"]:
-        """Velocity of latents at `timestep` (0..1000, one per sample) under image embeddings."""
+        """Velocity of latents at `timestep` (0..1000, one per sample) under image embeddings.
+
+        `pooled` stands for CLIP's embedding of the prompt: one row, because the prompt is always empty.
+        """
         return self.velocity(latents, timestep, self.context(embeddings), pooled, self.token_ids(latents))
 
     def context(self, embeddings: Float[Tensor, "batch tokens embedding"]) -> Float[Tensor, "batch tokens context"]:
@@ -158,7 +162,7 @@ class VisionDecoder(nn.Module):
                 f"image embeddings of shape {tuple(embeddings.shape)}; this decoder takes {rows}x{columns} tokens of "
                 f"{self.config.embedding_dim} numbers"
             )
-        context: Tensor = self.conditioner(embeddings.to(self.conditioner[0].weight.dtype))
+        context: Tensor = self.conditioner(embeddings.to(self.dtype))
         return context
 
     def token_ids(self, latents: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "tokens 3"]:
@@ -171,16 +175,15 @@ class VisionDecoder(nn.Module):
         latents: Float[Tensor, "batch channels height width"],
         timestep: Float[Tensor, " batch"],
         context: Float[Tensor, "batch tokens context"],
-        pooled: Float[Tensor, "1 pooled"],
+        pooled: Float[Tensor, "rows pooled"],
         token_ids: Float[Tensor, "tokens 3"],
     ) -> Float[Tensor, "batch channels height width"]:
         """Velocity under a context that is already computed, in the dtype of the weights."""
         height, width = latents.shape[-2:]
-        dtype: torch.dtype = self.transformer.x_embedder.weight.dtype
         modulation = self.transformer.time_text_embed.embed(timestep, self.config.guidance_scale, pooled)
         tokens = self.transformer(
-            hidden_states=pack_latents(latents.to(dtype)),
-            encoder_hidden_states=context.to(dtype),
+            hidden_states=pack_latents(latents.to(self.dtype)),
+            encoder_hidden_states=context.to(self.dtype),
             pooled_projections=modulation,
             timestep=timestep,
             img_ids=flux_image_ids((height, width)).to(latents.device),
@@ -192,7 +195,7 @@ class VisionDecoder(nn.Module):
     def velocity_function(
         self,
         context: Float[Tensor, "batch tokens context"],
-        pooled: Float[Tensor, "1 pooled"],
+        pooled: Float[Tensor, "rows pooled"],
         negative_context: Float[Tensor, "1 negative_tokens context"] | None = None,
         true_cfg_scale: float = 1.0,
     ) -> VelocityFunction:

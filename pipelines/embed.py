@@ -1,0 +1,597 @@
+"""The embed job: tar shards -> Ray Data -> slices of embedded rows in the storage.
+
+Reader tasks stream shards into slices of compressed samples, one slice one row of Ray Data; encoder actors decode,
+encode and write a slice, and pass on only its manifest entry: embeddings never cross the object store. A slice is
+written under a temporary name, renamed, then entered; what is entered and still agrees with its input, encoder and
+configuration isn't made again.
+
+Nothing here knows the mathematics (`pipelines/encoders.py`) or what a tar is (`pipelines/shards.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import pickle
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import torch
+from pydantic import Field
+
+from nexusgen.config import Config, dump_config
+from nexusgen.errors import ModelError, QuarantineError
+from nexusgen.images import Geometry
+from nexusgen.model.weights import Manifest, load_model, read_manifest
+from nexusgen.prompts import load_tokenizer
+from nexusgen.schema import QUARANTINE_SCHEMA, QuarantineRow, Sample
+from pipelines import embedded, storage, tracking
+from pipelines.embedded import EmbeddedManifest, ShardInfo, SliceInfo
+from pipelines.encoders import Encoder, LatentEncoder, VisionEncoder, encode_slice
+from pipelines.registry import resolve_model
+from pipelines.runtime import CpuMeter, JobReport, ray_cluster
+from pipelines.shards import ReadOptions, ShardReader, list_shards, stem_of
+
+LAYOUT_VERSION = 1  # raised when stored rows change for the same input
+MAX_READ_TASKS = 400  # Ray's scheduler takes minutes over 100,000 tasks; each loops over its shards instead
+CHECK_EVERY = 1000  # samples between two looks at the quarantined fraction
+READER_CPUS = 0.5  # another number than the encoder's: Ray would fuse the two stages into one busy actor
+ENCODER_CPUS = 1.0
+PROGRESS_S = 5.0
+MAX_BLOCK_BYTES = 1  # every slice is a block of its own: it reaches an idle encoder as soon as it is read
+
+
+class EmbedConfig(Config):
+    """What is embedded, by which model, into which storage."""
+
+    storage: str
+    name: str
+    input: str | list[str]
+    mode: Literal["vision", "latents"]
+    model: str = "demo-base"
+    max_quarantine_fraction: float = Field(default=0.05, ge=0, le=1)  # 1: never stop
+    pairs_as: Literal["generation", "understanding"] = "generation"  # the task of images with a text (img2dataset)
+    slice_samples: int = Field(default=256, ge=1, le=32_767)
+    slice_bytes: int = Field(default=64 << 20, ge=1)  # compressed
+    num_readers: int = Field(default=1, ge=1)
+    num_encoders: int = Field(default=1, ge=1)
+    gpus_per_encoder: float = Field(default=0.0, ge=0)
+    batch_patches: int = Field(default=8192, ge=1)  # patches of the vision tower in one batch; 25 released targets
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What readers and encoders need to know; the same for all of them."""
+
+    config: EmbedConfig
+    folder: str
+    config_hash: str
+    fingerprint: str
+
+    @property
+    def stamp(self) -> dict[str, str]:
+        return {"config_hash": self.config_hash, "fingerprint": self.fingerprint}
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """Consecutive samples of one shard on their way to an encoder, with the rows quarantined among them."""
+
+    shard: str
+    index: int
+    samples: tuple[Sample, ...]
+    rejected: tuple[QuarantineRow, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{shard_name(self.shard)}-{self.index:05d}"
+
+    @property
+    def digest(self) -> str:
+        """sha256 over everything that its embedded rows depend on."""
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            texts = [sample.key, sample.row, sample.lang, [asdict(m) for m in sample.messages], sample.meta]
+            digest.update(json.dumps(texts, sort_keys=True).encode())
+            for image in sample.images:
+                digest.update(hashlib.sha256(image).digest())
+        digest.update(json.dumps([asdict(row) for row in self.rejected]).encode())
+        return digest.hexdigest()
+
+
+def shard_name(shard: str) -> str:
+    """STEM-HASH8: the name that a shard's slices begin with."""
+    return f"{stem_of(shard)}-{hashlib.sha256(shard.encode()).hexdigest()[:8]}"
+
+
+def embed(config: EmbedConfig, parent_run_id: str | None = None) -> JobReport:
+    """Embed every sample of the input, or quarantine it with a reason; finished slices are kept and re-used.
+
+    Raises: ConfigError or InputError for the input; ModelError for the model; ResourceError for too few CPUs or an
+    unwritable storage; QuarantineError if too many samples are bad (what is finished stays).
+    """
+    with CpuMeter() as meter:
+        shards = list_shards(config.input)
+        model = resolve_model(config.model, config.storage)
+        manifest = read_manifest(model)
+        folder = embedded.folder_of(config.storage, config.name, config.mode)
+        plan = _Plan(
+            config, folder, _config_hash(config, manifest, model), _encoder_fingerprint(config, manifest, model)
+        )
+        storage.check_writable(folder)
+        tracking.configure(config.storage)
+        records = _finished_shards(plan, shards)
+        if len(records) == len(shards) and _is_entered(plan, records):
+            done = embedded.read_manifest(config.storage, config.name, config.mode)
+            tally = _Tally(config, [entry for record in records.values() for entry in record["slices"]])
+            return _report(meter, folder, done, tally, reused=True)
+        with tracking.job_run(
+            config.storage,
+            config.name,
+            "embed",
+            dump_config(config),
+            parent=parent_run_id,
+            tags={tracking.TAG_FINGERPRINT: plan.fingerprint},
+        ) as run:
+            run.set_tags({"mlflow.runName": f"embed {config.mode}"})
+            storage.delete(storage.join(folder, embedded.MANIFEST_NAME))  # until all of it agrees again
+            tally = _Tally(config, [entry for record in records.values() for entry in record["slices"]])
+            try:
+                todo = [shard for shard in shards if shard not in records]
+                if todo:
+                    records |= _run_ray(plan, todo, tally, run)
+                tally.check(is_final=True)
+            finally:
+                run.log_metrics(tally.metrics(), step=tally.num_samples)
+                run.log_text(_quarantine_report(tally), "quarantine.txt")
+            done = _enter(plan, shards, records, run.run_id)
+            for info in done.shards:
+                run.log_dataset_input(
+                    storage.name_of(info.uri),
+                    info.uri,
+                    info.digest,
+                    "embedding",
+                    info.num_embedded + info.num_quarantined,
+                )
+            report = _report(meter, folder, done, tally, reused=False)
+            run.log_report(report)
+    return report
+
+
+# ---- what is done already -------------------------------------------------------------------------------------------
+
+
+def _config_hash(config: EmbedConfig, manifest: Manifest, model: Path) -> str:
+    """Names everything beside the encoder's weights that embedded rows depend on."""
+    tokenizer = hashlib.sha256()
+    for path in sorted((model / "autoregressive").glob("*")):
+        if path.name in ("tokenizer.json", "vocab.json", "merges.txt"):
+            tokenizer.update(path.read_bytes())
+    values = {
+        "layout": LAYOUT_VERSION,
+        "mode": config.mode,
+        "slices": [config.slice_samples, config.slice_bytes],
+        "pairs_as": config.pairs_as,
+        "geometry": manifest.geometry.model_dump(),
+        "tokenizer": tokenizer.hexdigest(),
+        "image_size": manifest.image_size if config.mode == "latents" else None,
+        "batch_patches": config.batch_patches,
+    }
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _encoder_fingerprint(config: EmbedConfig, manifest: Manifest, model: Path) -> str:
+    part = "vision" if config.mode == "vision" else "vae"
+    if part not in manifest.fingerprints:
+        raise ModelError(f"{model} has no part {part!r}, which mode {config.mode} encodes with: give another model")
+    return manifest.fingerprints[part]
+
+
+def _finished_shards(plan: _Plan, shards: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Records of the shards that are embedded whole, unchanged since, by this encoder and configuration."""
+    known = {storage.name_of(uri) for uri in storage.list_files(storage.join(plan.folder, embedded.ENTRIES_FOLDER))}
+    files = {storage.name_of(uri) for uri in storage.list_files(plan.folder)}
+    records = {}
+    for shard in shards:
+        name = f"{shard_name(shard)}.json"
+        if name not in known:
+            continue
+        record = _read_json(storage.join(plan.folder, embedded.ENTRIES_FOLDER, name))
+        is_same = record is not None and {key: record.get(key) for key in plan.stamp} == plan.stamp
+        if record is None or not is_same or record["stat"] != _stat(shard):
+            continue
+        if all(entry["num_rows"] == 0 or entry["file"] in files for entry in record["slices"]):
+            records[shard] = record
+    return records
+
+
+def _is_entered(plan: _Plan, records: dict[str, dict[str, Any]]) -> bool:
+    """Whether the data's manifest lists exactly the slices of these shards."""
+    uri = storage.join(plan.folder, embedded.MANIFEST_NAME)
+    if not storage.exists(uri):
+        return False
+    listed = {(entry["uri"], entry["sha256"]) for entry in json.loads(storage.read_bytes(uri))["slices"]}
+    return listed == {(entry["file"], entry["sha256"]) for record in records.values() for entry in record["slices"]}
+
+
+def _stat(shard: str) -> list[int]:
+    found = storage.stat(shard)
+    return [found.size, found.mtime_ns]
+
+
+def _read_json(uri: str) -> dict[str, Any] | None:
+    """A small record; None where there is none that can be read."""
+    if not storage.exists(uri):
+        return None
+    try:
+        value = json.loads(storage.read_bytes(uri))
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _write_json(uri: str, value: dict[str, Any]) -> None:
+    storage.write_bytes_atomic(uri, json.dumps(value).encode())
+
+
+# ---- the pipeline ---------------------------------------------------------------------------------------------------
+
+
+def _run_ray(plan: _Plan, shards: Sequence[str], tally: _Tally, run: tracking.Run) -> dict[str, dict[str, Any]]:
+    """Read and encode shards; gives the records of those that were read whole."""
+    config = plan.config
+    num_readers = min(config.num_readers, len(shards))
+    num_cpus = num_readers * READER_CPUS + config.num_encoders * ENCODER_CPUS
+    why = f"embed with {num_readers} readers and {config.num_encoders} encoders"
+    entries: dict[str, dict[int, dict[str, Any]]] = {shard: {} for shard in shards}
+    records: dict[str, dict[str, Any]] = {}
+    ends: dict[str, dict[str, Any]] = {}
+    progress = _Progress(plan, len(shards))
+    with ray_cluster(num_cpus, why):
+        for row in _stream(plan, shards, num_readers):
+            shard = row["shard"]
+            if row["kind"] == "slice":
+                if row["index"] not in entries[shard]:  # a read task that died is run again from its first slice
+                    entries[shard][row["index"]] = row
+                    tally.add(row)
+            else:
+                ends[shard] = row
+            if shard in ends and len(entries[shard]) == ends[shard]["num_slices"]:
+                records[shard] = _finish_shard(plan, ends[shard], entries[shard])
+            progress.show(tally, len(records))
+            if tally.check():
+                run.log_metrics(tally.metrics(), step=tally.num_samples)
+    progress.show(tally, len(records), is_last=True)
+    return records
+
+
+def _stream(plan: _Plan, shards: Sequence[str], num_readers: int) -> Iterator[dict[str, Any]]:
+    """Entries of slices and ends of shards, in the order in which they are done."""
+    import ray.data
+    from ray.data import ActorPoolStrategy, TaskPoolStrategy
+
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # our own progress lines say what its plans and bars say
+    reader: Any = functools.partial(_read_shards, plan=plan)
+    items = [{"shard": shard} for shard in shards]
+    context = ray.data.DataContext.get_current().copy()
+    context.target_max_block_size = MAX_BLOCK_BYTES
+    context.enable_progress_bars = False
+    with ray.data.DataContext.current(context):
+        dataset = (
+            ray.data.from_items(items, override_num_blocks=min(len(items), MAX_READ_TASKS))
+            .map_batches(
+                reader,
+                batch_size=1,
+                batch_format="pyarrow",
+                num_cpus=READER_CPUS,
+                compute=TaskPoolStrategy(size=num_readers),
+            )
+            .map_batches(
+                _SliceEncoder,
+                fn_constructor_args=(plan,),
+                batch_size=None,
+                batch_format="pyarrow",
+                num_cpus=ENCODER_CPUS,
+                num_gpus=plan.config.gpus_per_encoder or None,
+                compute=ActorPoolStrategy(size=plan.config.num_encoders),
+            )
+        )
+        batches: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        for batch in batches:
+            for text in batch.column("entry").to_pylist():
+                yield json.loads(text)
+
+
+def _read_shards(batch: pa.Table, plan: _Plan) -> Iterator[pa.Table]:
+    """Ray Data stage: names of shards in, pickled slices and ends of shards out, one row each."""
+    for shard in batch.column("shard").to_pylist():
+        for item in read_slices(shard, plan.config):
+            yield pa.table({"item": pa.array([pickle.dumps(item)], pa.large_binary())})
+
+
+def read_slices(shard: str, config: EmbedConfig) -> Iterator[_Slice | dict[str, Any]]:
+    """A shard as slices, then a mapping that says how it ended."""
+    reader = ShardReader(shard, ReadOptions(pairs_as=config.pairs_as))
+    samples: list[Sample] = []
+    rejected: list[QuarantineRow] = []
+    num_bytes = index = 0
+    # Taken before reading: a shard that changes meanwhile then differs from its record.
+    before = _stat(shard) if storage.exists(shard) else []
+    for item in reader:
+        if isinstance(item, QuarantineRow):
+            rejected.append(item)
+            continue
+        size = sum(map(len, item.images))
+        if samples and (len(samples) >= config.slice_samples or num_bytes + size > config.slice_bytes):
+            yield _Slice(shard, index, tuple(samples), tuple(rejected))
+            samples, rejected, num_bytes, index = [], [], 0, index + 1
+        samples.append(item)
+        num_bytes += size
+    if samples or rejected:
+        yield _Slice(shard, index, tuple(samples), tuple(rejected))
+        index += 1
+    yield {
+        "kind": "shard",
+        "shard": shard,
+        "digest": reader.digest,
+        "num_bytes": reader.num_bytes,
+        "num_ignored": reader.num_ignored,
+        "stat": before,
+        "num_slices": index,
+    }
+
+
+class _SliceEncoder:
+    """Ray Data stage: pickled slices in, their manifest entries out; the model is loaded once per actor."""
+
+    def __init__(self, plan: _Plan) -> None:
+        self.plan = plan
+        self.encoder: Encoder | None = None
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        entries = []
+        for data in batch.column("item").to_pylist():
+            item = pickle.loads(data)  # our own reader's bytes, never the shard's
+            entries.append(json.dumps(self._encode(item) if isinstance(item, _Slice) else item))
+        return pa.table({"entry": pa.array(entries, pa.string())})
+
+    def _encode(self, item: _Slice) -> dict[str, Any]:
+        known = _read_json(storage.join(self.plan.folder, embedded.ENTRIES_FOLDER, f"{item.name}.json"))
+        if known is not None and is_current(self.plan, item, known):
+            return known | {"is_reused": True}
+        if self.encoder is None:
+            self.encoder = self._load()
+        return write_slice(self.plan, item, self.encoder, self.tokenizer, self.geometry)
+
+    def _load(self) -> Encoder:
+        config = self.plan.config
+        device = "cuda" if config.gpus_per_encoder else "cpu"
+        if device == "cpu":
+            torch.set_num_threads(1)
+        folder = resolve_model(config.model, config.storage)
+        part = "autoregressive" if config.mode == "vision" else "vae"
+        model = load_model(folder, [part], device=device)
+        self.geometry: Geometry = model.manifest.geometry
+        self.tokenizer = model.tokenizer or load_tokenizer(folder / "autoregressive")
+        if model.autoregressive is not None:
+            return VisionEncoder(model.autoregressive, config.batch_patches)
+        if model.autoencoder is None:
+            raise ModelError(f"{folder}: part {part!r} can't be loaded")
+        max_pixels = config.batch_patches * model.manifest.geometry.patch_size**2
+        return LatentEncoder(model.autoencoder, model.manifest.image_size, max_pixels)
+
+
+def is_current(plan: _Plan, item: _Slice, entry: dict[str, Any]) -> bool:
+    """Whether a slice was made from this input by this encoder and configuration, and its file is there."""
+    wanted = {"content": item.digest, **plan.stamp}
+    if {key: entry.get(key) for key in wanted} != wanted:
+        return False
+    uri = storage.join(plan.folder, entry["file"])
+    return bool(entry["num_rows"] == 0 or (storage.exists(uri) and storage.stat(uri).size == entry["num_bytes"]))
+
+
+def write_slice(plan: _Plan, item: _Slice, encoder: Encoder, tokenizer: Any, geometry: Geometry) -> dict[str, Any]:
+    """Encode a slice, write its rows and its quarantine, then enter it. Gives the entry."""
+    table, rejected = encode_slice(item.samples, encoder, tokenizer, geometry)
+    rejected = [*item.rejected, *rejected]
+    data = embedded.to_parquet(table)
+    file = f"{item.name}.parquet"
+    if table.num_rows:
+        storage.write_bytes_atomic(storage.join(plan.folder, file), data)
+    quarantine_uri = storage.join(plan.folder, embedded.QUARANTINE_FOLDER, file)
+    if rejected:
+        rows = pa.Table.from_pylist([asdict(row) for row in rejected], schema=QUARANTINE_SCHEMA)
+        storage.write_bytes_atomic(quarantine_uri, embedded.to_parquet(rows))
+    else:
+        storage.delete(quarantine_uri)  # of an earlier run over other content
+    entry = {
+        "kind": "slice",
+        "shard": item.shard,
+        "index": item.index,
+        "file": file,
+        "num_rows": table.num_rows,
+        "num_bytes": data.size if table.num_rows else 0,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "content": item.digest,
+        "tasks": dict(Counter(table.column("task").to_pylist())),
+        "quarantined": dict(Counter(row.reason_code for row in rejected)),
+        **plan.stamp,
+    }
+    _write_json(storage.join(plan.folder, embedded.ENTRIES_FOLDER, f"{item.name}.json"), entry)
+    return entry
+
+
+# ---- the account ----------------------------------------------------------------------------------------------------
+
+
+class _Tally:
+    """Counts of what was embedded and quarantined, and the limit on the latter."""
+
+    def __init__(self, config: EmbedConfig, entries: Sequence[dict[str, Any]] = ()) -> None:
+        self.config = config
+        self.num_embedded = 0
+        self.num_new = 0  # embedded by this run
+        self.quarantined: Counter[str] = Counter()
+        self.tasks: Counter[str] = Counter()
+        self.num_slices = 0
+        self.num_slices_reused = 0
+        self._next_check = CHECK_EVERY
+        for entry in entries:
+            self.add(entry | {"is_reused": True})
+
+    @property
+    def num_samples(self) -> int:
+        return self.num_embedded + self.quarantined.total()
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Count one slice."""
+        self.num_slices += 1
+        self.num_embedded += entry["num_rows"]
+        self.quarantined.update(entry["quarantined"])
+        self.tasks.update(entry["tasks"])
+        if entry.get("is_reused"):
+            self.num_slices_reused += 1
+        else:
+            self.num_new += entry["num_rows"]
+
+    def check(self, *, is_final: bool = False) -> bool:
+        """Whether another CHECK_EVERY samples are through. Raises: QuarantineError if too many of them are bad."""
+        if not is_final and self.num_samples < self._next_check:
+            return False
+        self._next_check = self.num_samples + CHECK_EVERY
+        allowed = self.config.max_quarantine_fraction
+        bad = self.quarantined.total()
+        if allowed < 1 and bad > allowed * self.num_samples:
+            codes = ", ".join(f"{code} {count}" for code, count in self.quarantined.most_common(5))
+            folder = embedded.folder_of(self.config.storage, self.config.name, self.config.mode)
+            raise QuarantineError(
+                f"{bad} of {self.num_samples} samples are bad ({bad / self.num_samples:.1%}; at most {allowed:.1%} are "
+                f"allowed): {codes}. See {folder}/{embedded.QUARANTINE_FOLDER}, mend the data, or raise "
+                f"max_quarantine_fraction"
+            )
+        return True
+
+    def metrics(self) -> dict[str, float]:
+        """By the names of the metrics table."""
+        counts = {
+            "data/samples": self.num_samples,
+            "data/embedded": self.num_embedded,
+            "data/quarantined": self.quarantined.total(),
+        }
+        counts |= {f"data/quarantine/{code}": count for code, count in self.quarantined.items()}
+        return {name: float(count) for name, count in counts.items()}
+
+
+class _Progress:
+    """A line on standard error every few seconds."""
+
+    def __init__(self, plan: _Plan, num_shards: int) -> None:
+        self.mode = plan.config.mode
+        self.num_shards = num_shards
+        self._started = self._shown = time.monotonic()
+
+    def show(self, tally: _Tally, num_done: int, *, is_last: bool = False) -> None:
+        now = time.monotonic()
+        if not is_last and now - self._shown < PROGRESS_S:
+            return
+        self._shown = now
+        rate = tally.num_new / max(now - self._started, 1e-9)
+        print(
+            f"embed {self.mode}: {num_done}/{self.num_shards} shards, {tally.num_embedded} samples embedded, "
+            f"{tally.quarantined.total()} quarantined, {rate:.0f} samples/s",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _finish_shard(plan: _Plan, end: dict[str, Any], entries: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Record a shard whose slices are all entered; one that couldn't be read whole is tried again next time."""
+    record = {**end, "slices": [entries[index] for index in sorted(entries)], **plan.stamp}
+    if end["digest"]:
+        name = f"{shard_name(end['shard'])}.json"
+        _write_json(storage.join(plan.folder, embedded.ENTRIES_FOLDER, name), record)
+    return record
+
+
+def _enter(plan: _Plan, shards: Sequence[str], records: dict[str, dict[str, Any]], run_id: str) -> EmbeddedManifest:
+    """Write the data's manifest and what stands beside it; remove what an earlier run left of other shards."""
+    missing = [shard for shard in shards if shard not in records]
+    if missing:  # our own bug or Ray's: never enter data that lacks something
+        raise RuntimeError(f"{len(missing)} shards didn't come to an end, first {missing[0]}")
+    slices, infos = [], []
+    quarantined: Counter[str] = Counter()
+    for shard in shards:
+        record = records[shard]
+        entries = record["slices"]
+        for entry in entries:
+            uri = storage.join(plan.folder, entry["file"])
+            slices.append(SliceInfo(uri, shard, entry["index"], entry["num_rows"], entry["num_bytes"], entry["sha256"]))
+            quarantined.update(entry["quarantined"])
+        num_embedded = sum(entry["num_rows"] for entry in entries)
+        num_quarantined = sum(sum(entry["quarantined"].values()) for entry in entries)
+        infos.append(
+            ShardInfo(shard, record["digest"], record["num_bytes"], len(entries), num_embedded, num_quarantined)
+        )
+    _remove_stale(plan, records)
+    manifest = EmbeddedManifest(
+        plan.config.mode,
+        plan.fingerprint,
+        plan.config_hash,
+        run_id,
+        embedded.digest_of(slices),
+        tuple(slices),
+        tuple(infos),
+        dict(quarantined),
+    )
+    inputs = [{"uri": info.uri, "digest": info.digest} for info in infos]
+    run_record = {"run_id": run_id, "digest": manifest.digest, "inputs": inputs}
+    storage.write_bytes_atomic(storage.join(plan.folder, "config.yaml"), dump_config(plan.config).encode())
+    storage.write_bytes_atomic(storage.join(plan.folder, "run.json"), json.dumps(run_record, indent=1).encode())
+    storage.write_bytes_atomic(storage.join(plan.folder, "fingerprint"), plan.fingerprint.encode())
+    embedded.write_manifest(plan.folder, manifest)
+    return manifest
+
+
+def _remove_stale(plan: _Plan, records: dict[str, dict[str, Any]]) -> None:
+    entries = [entry for record in records.values() for entry in record["slices"]]
+    files = {entry["file"] for entry in entries if entry["num_rows"]}
+    refused = {entry["file"] for entry in entries if entry["quarantined"]}
+    noted = {entry["file"].replace(".parquet", ".json") for entry in entries}
+    noted |= {f"{shard_name(shard)}.json" for shard in records}
+    for place, kept in ((None, files), (embedded.QUARANTINE_FOLDER, refused), (embedded.ENTRIES_FOLDER, noted)):
+        for uri in storage.list_files(storage.join(plan.folder, place) if place else plan.folder):
+            name = storage.name_of(uri)
+            if name not in kept and (place or name.endswith(".parquet")):
+                storage.delete(uri)
+
+
+def _quarantine_report(tally: _Tally) -> str:
+    lines = [f"{tally.num_samples} samples, {tally.num_embedded} embedded, {tally.quarantined.total()} quarantined"]
+    lines += [f"{count:8d}  {code}" for code, count in tally.quarantined.most_common()]
+    return "\n".join(lines) + "\n"
+
+
+def _report(meter: CpuMeter, folder: str, manifest: EmbeddedManifest, tally: _Tally, *, reused: bool) -> JobReport:
+    outputs = {
+        "data": folder,
+        "mode": manifest.mode,
+        "run_id": manifest.run_id,
+        "fingerprint": manifest.fingerprint,
+        "digest": manifest.digest,
+        "shards": len(manifest.shards),
+        "slices": tally.num_slices,
+        "slices_reused": tally.num_slices_reused,
+        "embedded": tally.num_embedded,
+        "by_task": dict(tally.tasks),
+        "quarantined": dict(tally.quarantined),
+        "bytes": sum(info.num_bytes for info in manifest.slices),
+    }
+    return JobReport("embed", meter.seconds, meter.cpu_seconds, tally.num_new, outputs=outputs, reused=reused)

@@ -1,0 +1,233 @@
+"""Embedded data as a training stage reads it: which rows there are, and batches of them by row number.
+
+Modes of one name join by position, checked by key. Slices are read whole, the stage's columns only; what the stage
+prepares from a row is kept, so that data that fits in memory is read and tokenised once.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Shaped
+from torch import Tensor
+
+from nexusgen.errors import FingerprintError, InputError
+from nexusgen.model.weights import Manifest
+from nexusgen.schema import TASKS, EmbedMode, Message
+from pipelines import embedded, storage
+from pipelines.batches import Rows, RowTable
+from pipelines.checkpoint import DataInput
+from pipelines.embedded import EmbeddedManifest, SliceInfo
+from pipelines.stages import AnyStage, EmbeddedRow, Stage, StoredImage
+
+MAX_CACHE_BYTES = 1_500_000_000  # of slices and what was prepared from them, per training process
+
+PreparedT = TypeVar("PreparedT")
+BatchT = TypeVar("BatchT")
+
+
+@dataclass(frozen=True)
+class StageData:
+    """The rows that a stage can use, numbered from 0, and the slices they lie in (one entry per mode)."""
+
+    slices: tuple[dict[EmbedMode, SliceInfo], ...]
+    table: RowTable  # of all rows, training and validation
+    places: Rows  # of each row in its slice
+    train: Rows
+    validation: Rows
+    inputs: tuple[DataInput, ...]
+
+    @property
+    def train_table(self) -> RowTable:
+        """The table of the training rows; the plan's row i is row `train[i]` here."""
+        columns = (self.table.lengths, self.table.tasks, self.table.slices)
+        return RowTable(*(column[self.train] for column in columns))
+
+    @property
+    def digest(self) -> str:
+        """Names the content of all data that is read."""
+        return " ".join(entry.digest for entry in self.inputs)
+
+
+def open_data(
+    storage_uri: str, names: Sequence[str], stage: type[AnyStage], model: Manifest, validation_fraction: float
+) -> StageData:
+    """Find the rows of embedded data that a stage can use, and check that the data is this model's.
+
+    Held out for validation: rows by a hash of their key, so that a sample stays on its side when data is added.
+    Raises: InputError if data, modes, columns or usable rows are missing; FingerprintError if another encoder made it.
+    """
+    slices: list[dict[EmbedMode, SliceInfo]] = []
+    columns: dict[str, list[Any]] = {"lengths": [], "tasks": [], "slices": [], "places": [], "hashes": []}
+    inputs: list[DataInput] = []
+    for name in names:
+        manifests = {mode: embedded.read_manifest(storage_uri, name, mode) for mode in stage.roles}
+        for mode, manifest in manifests.items():
+            _check_fingerprint(manifest, name, mode, stage, model)
+            uri = embedded.folder_of(storage_uri, name, mode)
+            inputs.append(DataInput(name=f"{name}/{mode}", uri=uri, digest=manifest.digest, run_id=manifest.run_id))
+        for group in _join_slices(name, manifests):
+            header = _read_header(group, stage)
+            lengths = stage.lengths(header)
+            tasks = np.array([TASKS.index(task) for task in header["task"].to_pylist()])
+            usable = np.flatnonzero((lengths > 0) & np.isin(tasks, [TASKS.index(task) for task in stage.tasks]))
+            keys = header["key"].to_pylist()
+            columns["lengths"].append(lengths[usable])
+            columns["tasks"].append(tasks[usable])
+            columns["slices"].append(np.full(len(usable), len(slices)))
+            columns["places"].append(usable)
+            columns["hashes"].append(np.array([zlib.crc32(keys[place].encode()) for place in usable], dtype=np.int64))
+            slices.append(group)
+    joined = {name: np.concatenate([np.zeros(0, np.int64), *parts]) for name, parts in columns.items()}
+    is_validation = joined["hashes"] >= (1 - validation_fraction) * 2**32
+    if not (~is_validation).any():
+        raise InputError(
+            f"embedded data {', '.join(names)} has no training row for stage {stage.name}, which uses the tasks "
+            f"{', '.join(stage.tasks)}: embed more data"
+        )
+    return StageData(
+        slices=tuple(slices),
+        table=RowTable(joined["lengths"], joined["tasks"], joined["slices"]),
+        places=joined["places"],
+        train=np.flatnonzero(~is_validation),
+        validation=np.flatnonzero(is_validation),
+        inputs=tuple(inputs),
+    )
+
+
+def _check_fingerprint(
+    manifest: EmbeddedManifest, name: str, mode: EmbedMode, stage: type[AnyStage], model: Manifest
+) -> None:
+    part = stage.encoders[mode]
+    wanted = model.fingerprints.get(part)
+    if manifest.fingerprint != wanted:
+        raise FingerprintError(
+            f"embedded data {name!r} of mode {mode} was made by {part} {manifest.fingerprint[:12]}, but the model's is "
+            f"{str(wanted)[:12]}: embed it again with this model (`nexusgen embed` with name={name} mode={mode}), or "
+            "train the model that it was made with"
+        )
+
+
+def _join_slices(name: str, manifests: dict[EmbedMode, EmbeddedManifest]) -> list[dict[EmbedMode, SliceInfo]]:
+    """Slices of all modes by file name, in the first mode's order; those without rows are left out."""
+    by_mode = {mode: {storage.name_of(s.uri): s for s in manifest.slices} for mode, manifest in manifests.items()}
+    first, *others = by_mode
+    for mode in others:
+        ours, theirs = by_mode[first], by_mode[mode]
+        odd = [
+            n for n in {**ours, **theirs} if n not in ours or n not in theirs or ours[n].num_rows != theirs[n].num_rows
+        ]
+        if odd:
+            raise InputError(
+                f"embedded data {name!r}: the modes {first} and {mode} differ in {len(odd)} slices ({odd[0]}, ...); "
+                f"run `nexusgen embed` for both modes on the same input"
+            )
+    return [{mode: by_mode[mode][n] for mode in by_mode} for n, info in by_mode[first].items() if info.num_rows]
+
+
+def _read_header(group: dict[EmbedMode, SliceInfo], stage: type[AnyStage]) -> dict[str, pa.ChunkedArray]:
+    """The small columns of a slice: key, task, length, and the grids of the stage's roles."""
+    header: dict[str, pa.ChunkedArray] = {}
+    for mode, info in group.items():
+        wanted = ["key", "task", "num_tokens", *(f"{role}_grid" for role in stage.roles[mode])]
+        header |= dict(zip(wanted, _read_columns(info, wanted), strict=True))
+    return header
+
+
+def _read_columns(info: SliceInfo, columns: Sequence[str]) -> list[pa.ChunkedArray]:
+    table = embedded.read_slice(info, columns=columns)
+    missing = [column for column in columns if column not in table.column_names]
+    if missing:
+        raise InputError(
+            f"{info.uri} lacks the columns {', '.join(missing)} that the stage reads: "
+            "embed the data again with `nexusgen embed`"
+        )
+    return [table[column] for column in columns]
+
+
+class StageSource(Generic[PreparedT, BatchT]):
+    """Batches of a stage by row number; slices and prepared samples are kept, least recently used dropped first."""
+
+    def __init__(self, data: StageData, stage: Stage[PreparedT, BatchT], rows: Rows) -> None:
+        """`rows` are the numbers in `data` behind the numbers asked for: `data.train` or `data.validation`."""
+        self._data, self._stage, self._rows = data, stage, rows
+        self._slices: OrderedDict[int, _Slice[PreparedT]] = OrderedDict()
+
+    def batch(self, rows: Rows) -> BatchT:
+        return self._stage.collate(self.samples(rows))
+
+    def samples(self, rows: Rows) -> list[PreparedT]:
+        """Prepared samples, in the order of `rows`."""
+        numbers = self._rows[rows]
+        slices = self._data.table.slices[numbers]
+        needed = {int(number): self._slice(int(number)) for number in np.unique(slices)}
+        places = self._data.places[numbers]
+        return [
+            needed[int(number)].prepared(int(place), self._stage) for number, place in zip(slices, places, strict=True)
+        ]
+
+    def _slice(self, number: int) -> _Slice[PreparedT]:
+        if number not in self._slices:
+            self._slices[number] = _Slice(self._data.slices[number], self._stage)
+            while len(self._slices) > 1 and sum(kept.num_bytes for kept in self._slices.values()) > MAX_CACHE_BYTES:
+                self._slices.popitem(last=False)
+        self._slices.move_to_end(number)
+        return self._slices[number]
+
+
+class _Slice(Generic[PreparedT]):
+    """One slice in memory; a row is replaced by what was prepared from it."""
+
+    def __init__(self, group: dict[EmbedMode, SliceInfo], stage: Stage[PreparedT, Any]) -> None:
+        columns: dict[str, list[Any]] = {}
+        self.num_bytes = 0
+        for mode, info in group.items():
+            wanted = ["key", "task", "messages"]
+            wanted += [f"{role}_{part}" for role in stage.roles[mode] for part in ("index", "grid", "dtype", "data")]
+            arrays = _read_columns(info, wanted)
+            self.num_bytes += 2 * sum(array.nbytes for array in arrays)  # as read, and as prepared
+            lists = [array.to_pylist() for array in arrays]
+            if columns and columns["key"] != lists[0]:
+                raise InputError(f"{info.uri}: its keys aren't those of the other modes' slice; embed it again")
+            columns |= dict(zip(wanted, lists, strict=True))
+        roles = [role for names in stage.roles.values() for role in names]
+        self._rows: list[EmbeddedRow | PreparedT] = [
+            _row(columns, place, roles) for place in range(len(columns["key"]))
+        ]
+
+    def prepared(self, place: int, stage: Stage[PreparedT, Any]) -> PreparedT:
+        value = self._rows[place]
+        if isinstance(value, EmbeddedRow):
+            value = stage.prepare(value)
+            self._rows[place] = value
+        return value
+
+
+def _row(columns: dict[str, list[Any]], place: int, roles: Sequence[str]) -> EmbeddedRow:
+    return EmbeddedRow(
+        key=columns["key"][place],
+        task=columns["task"][place],
+        messages=tuple(Message(**message) for message in columns["messages"][place]),
+        images={role: _images(columns, place, role) for role in roles},
+    )
+
+
+def _images(columns: dict[str, list[Any]], place: int, role: str) -> tuple[StoredImage, ...]:
+    indices, grids = columns[f"{role}_index"][place] or (), columns[f"{role}_grid"][place] or ()
+    dtype, arrays = columns[f"{role}_dtype"][place], columns[f"{role}_data"][place] or ()
+    pairs = list(zip(grids[::2], grids[1::2], strict=True))
+    return tuple(
+        StoredImage(index, grid, _array(role, data, dtype, grid))
+        for index, grid, data in zip(indices, pairs, arrays, strict=True)
+    )
+
+
+def _array(role: str, data: bytes, dtype: str, grid: tuple[int, int]) -> Shaped[Tensor, "..."]:
+    decode = embedded.decode_latents_entry if role == "latents" else embedded.decode_entry
+    return decode(data, dtype, grid)

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from nexusgen.errors import ConfigError, InputError
+from nexusgen.schema import TASKS
+from pipelines.batches import (
+    SHUFFLE_ROWS,
+    Batch,
+    BatchRule,
+    Plan,
+    Rows,
+    RowTable,
+    check_world_size,
+    iterate,
+    plan_epoch,
+)
+
+
+def make_table(num_rows: int, seed: int = 0) -> RowTable:
+    rng = np.random.default_rng(seed)
+    return RowTable(
+        lengths=rng.integers(5, 200, num_rows),
+        tasks=rng.choice(3, num_rows, p=[0.2, 0.5, 0.3]),
+        slices=np.arange(num_rows) // 256,
+    )
+
+
+RULES = [
+    BatchRule(samples=24, virtual_streams=4),
+    BatchRule(samples=7, virtual_streams=4),
+    BatchRule(tokens=2000, virtual_streams=4),
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_row_is_seen_exactly_once_per_epoch_on_any_number_of_workers(rule: BatchRule, world_size: int) -> None:
+    table = make_table(1000)
+    plan = Plan(table, rule, seed=3, data_digest="d")
+    steps = list(itertools.takewhile(lambda planned: planned.epoch < 2, plan.steps()))
+    for epoch in (0, 1):
+        taken = [p.rows_of(rank, world_size) for p in steps if p.epoch == epoch for rank in range(world_size)]
+        assert sorted(np.concatenate(taken)) == list(range(1000))
+    assert [p.step for p in steps] == list(range(len(steps)))
+    orders = [np.concatenate([p.rows for p in steps if p.epoch == epoch]) for epoch in (0, 1)]
+    assert not np.array_equal(*orders)
+
+
+def test_the_samples_of_a_step_do_not_depend_on_the_number_of_workers() -> None:
+    plan = Plan(make_table(500), BatchRule(samples=24, virtual_streams=4), seed=0, data_digest="d")
+    for planned in itertools.islice(plan.steps(), 30):
+        for world_size in (1, 2, 4):
+            parts = [planned.rows_of(rank, world_size) for rank in range(world_size)]
+            assert np.array_equal(np.concatenate(parts), planned.rows)
+
+
+def test_a_plan_is_a_pure_function_and_can_be_entered_anywhere() -> None:
+    first, second = (Plan(make_table(300), RULES[2], seed=5, data_digest="d") for _ in range(2))
+    assert first.digest == second.digest
+    whole = list(itertools.islice(first.steps(), 60))
+    rest = list(itertools.islice(second.steps(from_step=41), 19))
+    assert [p.step for p in rest] == list(range(41, 60))
+    for ours, theirs in zip(whole[41:], rest, strict=True):
+        assert ours.epoch == theirs.epoch
+        assert all(np.array_equal(a, b) for a, b in zip(ours.streams, theirs.streams, strict=True))
+
+
+def test_the_digest_changes_with_anything_that_changes_the_plan() -> None:
+    table = make_table(100)
+    longer = RowTable(table.lengths + 1, table.tasks, table.slices)
+    plans = [
+        Plan(table, RULES[0], 0, "d"),
+        Plan(table, RULES[1], 0, "d"),
+        Plan(table, RULES[0], 1, "d"),
+        Plan(table, RULES[0], 0, "other"),
+        Plan(longer, RULES[0], 0, "d"),
+    ]
+    assert len({plan.digest for plan in plans}) == len(plans)
+
+
+def test_a_token_budget_holds_with_little_padding_and_long_rows_stand_alone() -> None:
+    table = make_table(5000)
+    lengths = np.array(table.lengths)
+    lengths[17] = 4000
+    table = RowTable(lengths, table.tasks, table.slices)
+    batches = plan_epoch(table, BatchRule(tokens=3000), seed=0, epoch=0)
+    padded = [len(rows) * lengths[rows].max() for rows in batches]
+    assert [rows.tolist() for rows in batches if lengths[rows].max() > 3000] == [[17]]
+    assert sum(size > 3000 for size in padded) == 1
+    assert lengths.sum() / sum(padded) > 0.92
+
+
+def test_a_mixture_holds_in_every_step_and_shows_each_row_of_the_longest_task_once() -> None:
+    table = make_table(3000)
+    rule = BatchRule(samples=45, mixture={"generation": 20, "editing": 20, "understanding": 5})
+    batches = plan_epoch(table, rule, seed=0, epoch=1)
+    for rows in batches:
+        counts = {task: int((table.tasks[rows] == TASKS.index(task)).sum()) for task in TASKS}
+        assert abs(counts["generation"] - len(rows) * 20 / 45) < 2
+        assert abs(counts["editing"] - len(rows) * 20 / 45) < 2
+        assert abs(counts["understanding"] - len(rows) * 5 / 45) < 2
+    seen = np.bincount(np.concatenate(batches), minlength=len(table))
+    assert set(seen[table.tasks == TASKS.index("generation")]) == {1}
+    assert seen.min() >= 1 or set(seen[table.tasks == TASKS.index("editing")]) <= {1, 2}
+
+
+def test_a_mixture_of_an_absent_task_is_refused() -> None:
+    table = RowTable(np.full(10, 5), np.zeros(10, np.int64), np.zeros(10, np.int64))
+    with pytest.raises(InputError, match="editing"):
+        plan_epoch(table, BatchRule(samples=4, mixture={"editing": 1.0}), 0, 0)
+
+
+def test_shuffling_uses_few_slices_at_a_time() -> None:
+    table = make_table(40_000)
+    (rows,) = [np.concatenate(plan_epoch(table, BatchRule(samples=50), 0, 0))]
+    for start in range(0, len(rows), SHUFFLE_ROWS):
+        window = table.slices[rows[start : start + SHUFFLE_ROWS]]
+        assert len(np.unique(window)) <= 2 * (SHUFFLE_ROWS // 256 + 1)
+    assert not np.array_equal(np.sort(rows[:50]), np.arange(rows[:50].min(), rows[:50].min() + 50))
+
+
+def test_uneven_workers_and_unclear_rules_are_refused() -> None:
+    check_world_size(4, 2)
+    with pytest.raises(ConfigError, match="virtual_streams"):
+        check_world_size(4, 3)
+    for values in ({}, {"samples": 3, "tokens": 3}, {"samples": 3, "mixture": {}}):
+        with pytest.raises(ValidationError):
+            BatchRule.model_validate(values)
+    with pytest.raises(InputError, match="no training rows"):
+        Plan(make_table(0), RULES[0], 0, "d")
+
+
+class ListSource:
+    """Batches that are just their rows."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.num_made, self.fails_at = 0, fails_at
+
+    def batch(self, rows: Rows) -> list[int]:
+        self.num_made += 1
+        if self.num_made == self.fails_at:
+            raise InputError("bad row")
+        return rows.tolist()
+
+
+def test_batches_come_in_planned_order_from_any_step_and_cover_both_ranks() -> None:
+    plan = Plan(make_table(100), BatchRule(samples=10, virtual_streams=2), seed=0, data_digest="d")
+    parts: list[list[Batch[list[int]]]] = [list(iterate(plan, ListSource(), 25, 7, rank, 2)) for rank in range(2)]
+    assert [batch.planned.step for batch in parts[0]] == list(range(7, 25))
+    for first, second in zip(*parts, strict=True):
+        assert (first.content or []) + (second.content or []) == first.planned.rows.tolist()
+
+
+def test_a_rank_without_rows_still_takes_the_step() -> None:
+    plan = Plan(make_table(3), BatchRule(samples=1, virtual_streams=2), seed=0, data_digest="d")
+    batches = list(iterate(plan, ListSource(), 3, 0, 1, 2))
+    assert [batch.content for batch in batches] == [None, None, None]
+
+
+def test_an_error_of_the_reader_is_raised_in_the_loop_and_closing_ends_the_thread() -> None:
+    plan = Plan(make_table(100), BatchRule(samples=10), seed=0, data_digest="d")
+    batches = iterate(plan, ListSource(fails_at=3), 100, 0, 0, 1)
+    next(batches)
+    next(batches)
+    with pytest.raises(InputError, match="bad row"):
+        next(batches)
+    source = ListSource()
+    batches = iterate(plan, source, 100, 0, 0, 1)
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    assert source.num_made < 10

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from mlflow import MlflowClient
+from test_shards import png, record, sample_members, tar_bytes
+from tiny_training import make_tiny_model
+
+from nexusgen.errors import ConfigError, InputError, ModelError, QuarantineError, ResourceError
+from pipelines import embedded, tracking
+from pipelines.embed import CHECK_EVERY, EmbedConfig, _Tally, embed, read_slices, shard_name
+from pipelines.runtime import ray_cluster
+
+
+@pytest.fixture(autouse=True)
+def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def ray_session() -> Iterator[None]:
+    with ray_cluster(2, "the tests of embed"):
+        yield
+
+
+def a_config(folder: Path, base: Path, mode: str = "vision", **values: Any) -> EmbedConfig:
+    settings = {"storage": f"{folder}/storage", "name": "n", "input": f"{folder}/tars", "model": str(base)}
+    return EmbedConfig.model_validate({**settings, "mode": mode, "slice_samples": 2, **values})
+
+
+def write_tars(folder: Path) -> None:
+    edit = record("<image> Redder", "<image>", ("0.png", "1.png"))
+    bad = [("bad.0.png", b"<html>"), ("bad.json", record())]
+    (folder / "tars").mkdir(parents=True)
+    (folder / "tars" / "a.tar").write_bytes(
+        tar_bytes(
+            [*sample_members("a0"), *bad, ("a2.0.png", png()), ("a2.1.png", png("blue")), ("a2.json", edit)]
+            + [
+                ("a3.0.png", png("green", (20, 10))),
+                ("a3.json", record("<image> What?", "A box.")),
+                ("none.json", record()),
+            ]
+        )
+    )
+    (folder / "tars" / "b.tar").write_bytes(
+        tar_bytes([*sample_members("b0"), *sample_members("b1"), *sample_members("b2")])
+    )
+    (folder / "tars" / "c.tar").write_bytes(b"no tar")
+
+
+def keys_of(folder: Path, mode: Any) -> list[str]:
+    slices = embedded.list_slices(f"{folder}/storage", "n", mode)
+    return [key for info in slices for key in embedded.read_slice(info, ["key"]).column("key").to_pylist()]
+
+
+def test_a_job_embeds_or_accounts_for_every_sample_and_redoes_only_what_changed(
+    tmp_path: Path, base: Path, ray_session: None
+) -> None:
+    write_tars(tmp_path)
+    config = a_config(tmp_path, base, max_quarantine_fraction=1)
+    report = embed(config)
+    storage_uri = config.storage
+    assert report.samples == 6
+    assert report.outputs["quarantined"] == {"image_undecodable": 1, "member_missing": 1, "tar_not_a_tar": 1}
+    assert report.outputs["by_task"] == {"generation": 4, "editing": 1, "understanding": 1}
+    assert keys_of(tmp_path, "vision") == ["a0", "a2", "a3", "b0", "b1", "b2"]
+
+    # The account of what was lost stands beside the data, with the shard's name.
+    lost = embedded.read_quarantine(storage_uri, "n", "vision")
+    assert lost is not None
+    assert sorted((row["key"], row["reason_code"]) for row in lost.to_pylist()) == [
+        ("", "tar_not_a_tar"), ("bad", "image_undecodable"), ("none", "member_missing"),
+    ]  # fmt: skip
+    folder = Path(report.outputs["data"])
+    assert json.loads((folder / "run.json").read_text())["run_id"] == report.outputs["run_id"]
+    assert (folder / "config.yaml").read_text().startswith("storage:")
+
+    # MLflow holds the counts and one dataset input per tar.
+    client = MlflowClient(tracking_uri=tracking.mlflow_uri(storage_uri))
+    run = client.get_run(report.outputs["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["data/embedded"] == 6
+    assert run.data.metrics["data/quarantine/member_missing"] == 1
+    assert {Path(i.dataset.name).name for i in run.inputs.dataset_inputs} == {"a.tar", "b.tar", "c.tar"}
+
+    # The other mode has the same files and rows.
+    embed(a_config(tmp_path, base, "latents", max_quarantine_fraction=1))
+    embedded.check_modes_agree(storage_uri, "n", ["vision", "latents"])
+    assert keys_of(tmp_path, "latents") == keys_of(tmp_path, "vision")
+
+    # Nothing changed: nothing is done. One shard changed, one is new, one is gone: only the changed slices are made.
+    assert embed(config).reused
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
+    tars = tmp_path / "tars"
+    (tars / "b.tar").write_bytes(
+        tar_bytes([*sample_members("b0"), *sample_members("b1"), *sample_members("b3", "blue")])
+    )
+    (tars / "d.tar").write_bytes(tar_bytes(sample_members("d0")))
+    (tars / "c.tar").unlink()
+    for record_file in (folder / "_manifest").glob("a-*[0-9a-f].json"):
+        if record_file.stem == shard_name(f"{tars}/a.tar"):
+            record_file.unlink()  # as if the job had been killed before it knew the shard's end
+    again = embed(config)
+    assert (again.reused, again.samples) == (False, 2)
+    assert again.outputs["slices_reused"] == 3
+    assert keys_of(tmp_path, "vision") == ["a0", "a2", "a3", "b0", "b1", "b3", "d0"]
+    after = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
+    assert sum(before.get(name) == time for name, time in after.items()) == 3
+    assert not list((folder / "quarantine").glob("c-*"))
+    assert not [path for path in folder.rglob("*") if ".tmp-" in path.name]
+    assert again.outputs["digest"] != report.outputs["digest"]
+
+
+def test_data_is_the_same_in_every_bit_when_made_again(tmp_path: Path, base: Path, ray_session: None) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    write_tars(tmp_path)
+    settings: dict[str, Any] = {"input": f"{tmp_path}/tars/b.tar"}
+    first = embed(a_config(tmp_path / "one", base, "latents", **settings))
+    second = embed(a_config(tmp_path / "two", base, "latents", **settings, num_encoders=2))
+    assert first.outputs["digest"] == second.outputs["digest"]
+    (path,) = Path(first.outputs["data"]).glob("*-00001.parquet")
+    assert pq.read_table(path).column("key").to_pylist() == ["b2"]
+
+
+def test_too_many_bad_samples_stop_the_job(tmp_path: Path, base: Path, ray_session: None) -> None:
+    write_tars(tmp_path)
+    with pytest.raises(QuarantineError, match=r"3 of 9 samples are bad \(33.3%; at most 5.0% are allowed\)"):
+        embed(a_config(tmp_path, base))
+    with pytest.raises(InputError, match="hasn't finished"):
+        embedded.read_manifest(f"{tmp_path}/storage", "n", "vision")
+    assert list((tmp_path / "storage/embedded/n/vision").glob("*.parquet")), "finished slices stay"
+
+
+def test_the_quarantined_fraction_is_looked_at_along_the_way(tmp_path: Path, base: Path) -> None:
+    tally = _Tally(a_config(tmp_path, base))
+    entry = {"num_rows": CHECK_EVERY - 1, "quarantined": {}, "tasks": {}}
+    tally.add(entry)
+    assert not tally.check()
+    tally.add({**entry, "num_rows": 0, "quarantined": {"json_invalid": 50}})
+    assert tally.check()
+    tally.add({**entry, "num_rows": 0, "quarantined": {"json_invalid": 5}})
+    assert not tally.check()
+    with pytest.raises(QuarantineError, match="json_invalid 55"):
+        tally.check(is_final=True)
+
+
+def test_slices_are_cut_by_samples_and_by_bytes(tmp_path: Path, base: Path) -> None:
+    write_tars(tmp_path)
+    shard = f"{tmp_path}/tars/b.tar"
+    sizes = [len(item.samples) for item in read_slices(shard, a_config(tmp_path, base)) if not isinstance(item, dict)]
+    assert sizes == [2, 1]
+    by_bytes = a_config(tmp_path, base, slice_bytes=1)
+    *slices, end = read_slices(shard, by_bytes)
+    assert [len(item.samples) for item in slices if not isinstance(item, dict)] == [1, 1, 1]
+    assert isinstance(end, dict)
+    assert (end["num_slices"], len(end["digest"])) == (3, 64)
+
+
+def test_wrong_settings_are_refused_before_anything_starts(tmp_path: Path, base: Path) -> None:
+    with pytest.raises(InputError, match="doesn't exist"):
+        embed(a_config(tmp_path, base))
+    write_tars(tmp_path)
+    with pytest.raises(InputError, match="no such folder"):
+        embed(a_config(tmp_path, tmp_path / "none"))
+    with pytest.raises(ModelError, match="not a model folder"):
+        embed(a_config(tmp_path, tmp_path))
+    with pytest.raises(ConfigError, match="no input"):
+        embed(a_config(tmp_path, base, input=[]))
+    (tmp_path / "storage").write_bytes(b"a file")
+    with pytest.raises(ResourceError, match="cannot write"):
+        embed(a_config(tmp_path, base))
+    (tmp_path / "storage").unlink()
+    with pytest.raises(ResourceError, match="needs 1000.5 CPUs"):
+        embed(a_config(tmp_path, base, num_encoders=1000))

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from nexusgen.errors import InputError
+from nexusgen.schema import embedded_schema
+from pipelines import embedded, storage
+from pipelines.embedded import EmbeddedManifest, ShardInfo, SliceInfo
+
+
+def a_table(num_rows: int = 3) -> pa.Table:
+    values = torch.arange(8, dtype=torch.float32).reshape(2, 4)
+    rows = [
+        {
+            "key": f"k{number}", "shard": "s", "row": number, "task": "generation", "lang": "en",
+            "messages": [{"role": "user", "content": "x"}], "meta": "{}", "num_tokens": 7,
+            "target_index": [0], "target_grid": [1, 2], "target_dtype": "bfloat16",
+            "target_data": [embedded.encode_array(values + number)], "target_scale": [],
+        }
+        for number in range(num_rows)
+    ]  # fmt: skip
+    return pa.Table.from_pylist(rows, schema=embedded_schema(("target",)))
+
+
+def a_manifest(folder: str, *slices: tuple[str, int]) -> EmbeddedManifest:
+    infos = tuple(SliceInfo(storage.join(folder, name), "s", i, rows, 1, "h") for i, (name, rows) in enumerate(slices))
+    shard = ShardInfo("s", "d", 10, len(infos), sum(rows for _, rows in slices), 1)
+    return EmbeddedManifest("vision", "f", "c", "run", embedded.digest_of(infos), infos, (shard,), {"json_invalid": 1})
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_arrays_keep_every_bit(dtype: str) -> None:
+    values = torch.tensor([[float("nan"), float("inf"), -0.0], [1e-40, 3.140625, -2.0]], dtype=embedded.DTYPES[dtype])
+    back = embedded.decode_array(embedded.encode_array(values, dtype), dtype, (2, -1))
+    assert back.dtype == values.dtype
+    assert torch.equal(back.view(torch.uint8), values.view(torch.uint8))
+    entry = embedded.decode_entry(embedded.encode_array(values, dtype), dtype, (1, 2))
+    assert entry.shape == (2, 3)
+    assert embedded.decode_latents_entry(embedded.encode_array(values, dtype), dtype, (1, 3)).shape == (2, 1, 3)
+    with pytest.raises(InputError, match="don't make an array"):
+        embedded.decode_array(b"12345", dtype, (2, -1))
+
+
+def test_parquet_stores_arrays_raw_and_is_the_same_every_time() -> None:
+    data = embedded.to_parquet(a_table())
+    assert data == embedded.to_parquet(a_table())
+    metadata = pq.ParquetFile(io.BytesIO(data)).metadata
+    column = next(
+        metadata.row_group(0).column(i)
+        for i in range(metadata.num_columns)
+        if metadata.row_group(0).column(i).path_in_schema.startswith("target_data")
+    )
+    assert column.compression == "UNCOMPRESSED"
+    assert not any("DICTIONARY" in encoding for encoding in column.encodings)
+
+
+def test_slices_are_read_by_column_and_row_group(tmp_path: Path) -> None:
+    uri = f"{tmp_path}/s.parquet"
+    storage.write_bytes_atomic(uri, embedded.to_parquet(a_table(100)))
+    info = SliceInfo(uri, "s", 0, 100, 1, "h")
+    assert embedded.read_slice(info).num_rows == 100
+    part = embedded.read_slice(info, ["key", "num_tokens"], row_groups=[1])
+    assert part.column_names == ["key", "num_tokens"]
+    assert part.column("key").to_pylist()[0] == f"k{embedded.ROW_GROUP_ROWS}"
+    with pytest.raises(InputError, match="embed it again"):
+        embedded.read_slice(info, row_groups=[7])
+    Path(uri).write_bytes(b"no parquet")
+    with pytest.raises(InputError, match="embed it again"):
+        embedded.read_slice(info)
+    with pytest.raises(InputError, match="cannot read"):
+        embedded.read_slice(replace(info, uri=f"{tmp_path}/none"))
+
+
+def test_a_manifest_moves_with_its_folder(tmp_path: Path) -> None:
+    folder = embedded.folder_of(str(tmp_path / "old"), "n", "vision")
+    manifest = a_manifest(folder, ("a.parquet", 3), ("b.parquet", 0))
+    embedded.write_manifest(folder, manifest)
+    (tmp_path / "old").rename(tmp_path / "new")
+    back = embedded.read_manifest(str(tmp_path / "new"), "n", "vision")
+    assert back.slices[0].uri == f"{tmp_path}/new/embedded/n/vision/a.parquet"
+    assert replace(back, slices=manifest.slices) == manifest
+    assert [info.num_rows for info in embedded.list_slices(str(tmp_path / "new"), "n", "vision")] == [3]
+    assert embedded.fingerprint_of(str(tmp_path / "new"), "n", "vision") == "f"
+
+
+def test_missing_and_damaged_manifests_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="run `nexusgen embed` with name=n mode=vision"):
+        embedded.read_manifest(str(tmp_path), "n", "vision")
+    storage.write_bytes_atomic(f"{tmp_path}/embedded/n/vision/manifest.json", b"{")
+    with pytest.raises(InputError, match="can't be read as a manifest"):
+        embedded.read_manifest(str(tmp_path), "n", "vision")
+
+
+def test_modes_must_hold_the_same_rows(tmp_path: Path) -> None:
+    for mode, rows in (("vision", 3), ("latents", 3), ("predicted", 2)):
+        folder = embedded.folder_of(str(tmp_path), "n", mode)  # type: ignore[arg-type]
+        embedded.write_manifest(folder, a_manifest(folder, ("a.parquet", rows)))
+    embedded.check_modes_agree(str(tmp_path), "n", ["vision", "latents"])
+    with pytest.raises(InputError, match="same slices"):
+        embedded.check_modes_agree(str(tmp_path), "n", ["vision", "predicted"])

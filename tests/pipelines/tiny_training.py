@@ -1,0 +1,133 @@
+"""A random tiny model folder and embedded data for it: what tests of training stand on, made in a second."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from nexusgen.base_training import (
+    GEOMETRY,
+    HIDDEN_SIZE,
+    LATENT_CHANNELS,
+    TRANSFORMER_SIZES,
+    tiny_autoregressive_config,
+    tiny_decoder_config,
+    train_tokenizer,
+)
+from nexusgen.flow_matching import make_scheduler
+from nexusgen.model.autoencoder import fit_patch_autoencoder
+from nexusgen.model.autoregressive import AutoregressiveModel
+from nexusgen.model.decoder import VisionDecoder, initialise_for_training, save_decoder
+from nexusgen.model.weights import load_tokenizer, read_manifest, save_autoregressive, save_tensors, write_manifest
+from nexusgen.prompts import encode_conversation, task_of
+from nexusgen.schema import EmbedMode, Message, embedded_schema
+from pipelines import embedded, storage
+from pipelines.embedded import EmbeddedManifest, SliceInfo
+
+NUM_TARGET_TOKENS = GEOMETRY.num_target_tokens
+WORDS = ("red", "green", "blue", "circle", "square", "star", "large", "small", "left", "right")
+
+
+def make_tiny_model(folder: Path, seed: int = 0) -> Path:
+    """A model folder with random weights, of the demo's sizes."""
+    torch.manual_seed(seed)
+    train_tokenizer(folder / "autoregressive", [" ".join(WORDS), "You are a helpful assistant. user assistant system"])
+    tokenizer = load_tokenizer(folder / "autoregressive")
+    model = AutoregressiveModel(tiny_autoregressive_config(tokenizer), GEOMETRY)
+    save_autoregressive(model, folder / "autoregressive", tokenizer, torch.float32)
+    decoder = VisionDecoder.from_config(tiny_decoder_config(), TRANSFORMER_SIZES)
+    initialise_for_training(decoder, seed)
+    save_decoder(decoder, folder / "decoders" / "generation", torch.float32)
+    noise = np.random.default_rng(seed).integers(0, 256, (64, 64, 64, 3), dtype=np.uint8)
+    fit_patch_autoencoder(noise, 4 * LATENT_CHANNELS).save_pretrained(folder / "vae")
+    make_scheduler().save_pretrained(folder / "scheduler")
+    constants = {
+        "pooled_prompt": torch.zeros(1, TRANSFORMER_SIZES["pooled_projection_dim"]),
+        "negative_context": torch.zeros(1, 1, HIDDEN_SIZE),
+    }
+    save_tensors(constants, folder / "prompt_constants.safetensors", torch.float32)
+    write_manifest(folder, geometry=GEOMETRY, image_size=(64, 64), num_inference_steps=2, true_cfg_scale=1.0)
+    return folder
+
+
+def make_embedded(storage_uri: str, name: str, model: Path, num_samples: int = 60, rows_per_slice: int = 16) -> None:
+    """Embedded data of modes vision and latents: three tasks in turn, texts of unequal length, learnable targets."""
+    tokenizer = load_tokenizer(model / "autoregressive")
+    rows = [_row(number, tokenizer) for number in range(num_samples)]
+    fingerprints = read_manifest(model).fingerprints
+    write_mode(storage_uri, name, "vision", fingerprints["vision"], rows, rows_per_slice)
+    write_mode(storage_uri, name, "latents", fingerprints["vae"], rows, rows_per_slice)
+
+
+def write_mode(
+    storage_uri: str,
+    name: str,
+    mode: EmbedMode,
+    fingerprint: str,
+    rows: Sequence[dict[str, Any]],
+    rows_per_slice: int = 16,
+    without: Sequence[str] = (),
+) -> None:
+    """One mode of embedded data, as `embed` leaves it; `without` names columns to leave out."""
+    folder = embedded.folder_of(storage_uri, name, mode)
+    schema = embedded_schema(("input", "target", "crop") if mode == "vision" else ("latents",))
+    slices = []
+    for number, start in enumerate(range(0, len(rows), rows_per_slice)):
+        part = [{column: row.get(column) for column in schema.names} for row in rows[start : start + rows_per_slice]]
+        data = embedded.to_parquet(pa.Table.from_pylist(part, schema=schema).drop_columns(list(without)))
+        uri = storage.join(folder, f"shard-00000000-{number:05d}.parquet")
+        storage.write_bytes_atomic(uri, data)
+        digest = hashlib.sha256(data).hexdigest()
+        slices.append(SliceInfo(uri, "shard.tar", number, len(part), data.size, digest))
+    digest = embedded.digest_of(slices)
+    manifest = EmbeddedManifest(mode, fingerprint, "config", f"embed-{mode}", digest, tuple(slices), (), {})
+    embedded.write_manifest(folder, manifest)
+
+
+def _row(number: int, tokenizer: Any) -> dict[str, Any]:
+    """Sample `number`: its targets are one of five patterns, named in its text."""
+    rng = np.random.default_rng(number)
+    pattern = number % 5
+    text = " ".join([WORDS[pattern], *rng.choice(WORDS, size=1 + number % 9)])
+    grid = GEOMETRY.target_grid
+    messages = {
+        0: [Message("user", text), Message("assistant", "<image>")],
+        1: [Message("user", f"<image>{text}"), Message("assistant", "done <image>")],
+        2: [Message("user", f"<image>{text}"), Message("assistant", text)],
+    }[number % 3]
+    roles = [m.role for m in messages for _ in range(m.content.count("<image>"))]
+    conversation = encode_conversation(tokenizer, messages, [grid] * len(roles))
+    row: dict[str, Any] = {
+        "key": f"sample-{number:04d}",
+        "shard": "shard.tar",
+        "row": number,
+        "task": task_of(messages),
+        "lang": "en",
+        "messages": [{"role": m.role, "content": m.content} for m in messages],
+        "meta": "{}",
+        "num_tokens": len(conversation.input_ids),
+    }
+    target = torch.randn(NUM_TARGET_TOKENS, HIDDEN_SIZE, generator=torch.Generator().manual_seed(pattern))
+    latents = torch.randn(LATENT_CHANNELS, 8, 8, generator=torch.Generator().manual_seed(100 + pattern))
+    is_target = [role == "assistant" for role in roles]
+    row |= _entries("input", [i for i, said in enumerate(is_target) if not said], grid, target.flip(0))
+    row |= _entries("target", [i for i, said in enumerate(is_target) if said], grid, target)
+    row |= _entries("crop", [i for i, said in enumerate(is_target) if said], grid, target)
+    row |= _entries("latents", [i for i, said in enumerate(is_target) if said], (8, 8), latents)
+    return row
+
+
+def _entries(role: str, indices: list[int], grid: tuple[int, int], values: torch.Tensor) -> dict[str, Any]:
+    return {
+        f"{role}_index": indices,
+        f"{role}_grid": [side for _ in indices for side in grid],
+        f"{role}_dtype": "bfloat16" if indices else "",
+        f"{role}_data": [embedded.encode_array(values) for _ in indices],
+        f"{role}_scale": [],
+    }
