@@ -12,7 +12,6 @@ import io
 import warnings
 from collections.abc import Sequence
 
-
 import numpy as np
 import torch
 from jaxtyping import Float, Int

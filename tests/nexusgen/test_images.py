@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from nexusgen.images import (
     to_pixels,
 )
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "ar"
 TINY = Geometry(patch_size=8, merge_size=2, target_size=64, reference_size=128, max_input_pixels=128 * 128)
 
 
@@ -176,11 +176,8 @@ def test_patches_refuse_broken_tokens() -> None:
 
 
 def test_patches_are_equal_to_the_reference() -> None:
-    root = os.environ.get("NEXUSGEN_TEST_DATA")
-    if not root:
-        pytest.skip("NEXUSGEN_TEST_DATA is unset: no golden fixtures")
     for name, images in (("vision", ("edit_source", "odd")), ("vision_targets", ("target0", "target1"))):
-        golden = load_file(Path(root) / "golden" / "ar" / f"{name}.safetensors")
+        golden = load_file(GOLDEN / f"{name}.safetensors")
         for image in images:
             patches, grid = to_patches([Image.fromarray(golden[f"image_uint8.{image}"])], Geometry())
             frame = golden[f"pixels_frame0.{image}"].reshape(-1, 3, 1, 14, 14)

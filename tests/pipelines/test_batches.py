@@ -95,7 +95,7 @@ def test_a_token_budget_holds_with_little_padding_and_long_rows_stand_alone() ->
     assert lengths.sum() / sum(padded) > 0.92
 
 
-def test_a_mixture_holds_in_every_step_and_shows_each_row_of_the_longest_task_once() -> None:
+def test_a_mixture_holds_in_every_step_and_its_scarcest_task_comes_round_once() -> None:
     table = make_table(3000)
     rule = BatchRule(samples=45, mixture={"generation": 20, "editing": 20, "understanding": 5})
     batches = plan_epoch(table, rule, seed=0, epoch=1)
@@ -105,8 +105,8 @@ def test_a_mixture_holds_in_every_step_and_shows_each_row_of_the_longest_task_on
         assert abs(counts["editing"] - len(rows) * 20 / 45) < 2
         assert abs(counts["understanding"] - len(rows) * 5 / 45) < 2
     seen = np.bincount(np.concatenate(batches), minlength=len(table))
-    assert set(seen[table.tasks == TASKS.index("generation")]) == {1}
-    assert seen.min() >= 1 or set(seen[table.tasks == TASKS.index("editing")]) <= {1, 2}
+    assert set(seen[table.tasks == TASKS.index("understanding")]) == {1}  # 600 rows at a ninth: the longest way
+    assert seen.min() >= 1
 
 
 def test_a_mixture_of_an_absent_task_is_refused() -> None:

@@ -82,11 +82,12 @@ def test_vision_rows_hold_the_towers_own_numbers(model: Model) -> None:
                     wanted = model.autoregressive.encode_images(*to_patches([image], geometry))
                 stored = decode_entry(data, row[f"{role}_dtype"], grid)
                 torch.testing.assert_close(stored.float(), wanted, rtol=0.01, atol=0.01)
-        said = [m.role for m in sample.messages for _ in range(m.content.count("<image>"))]
-        grids_in_order = [geometry.target_grid if r == "assistant" else (3, 4) for r in said]
-        if row["key"] != "k3":
-            wanted_ids = encode_conversation(model.tokenizer, sample.messages, grids_in_order).input_ids
-            assert row["num_tokens"] == len(wanted_ids)
+        grids_of_inputs = dict(
+            zip(row["input_index"], zip(row["input_grid"][::2], row["input_grid"][1::2], strict=True), strict=True)
+        )
+        grids_in_order = [grids_of_inputs.get(i, geometry.target_grid) for i in range(len(sample.images))]
+        wanted_ids = encode_conversation(model.tokenizer, sample.messages, grids_in_order).input_ids
+        assert row["num_tokens"] == len(wanted_ids)
     assert json.loads(rows[0]["meta"]) == {"score": "1", "名": "x"}
 
 

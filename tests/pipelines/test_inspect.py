@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -46,10 +45,7 @@ def test_no_input_is_an_error(tmp_path: Path) -> None:
         inspect(f"{tmp_path}/none.tar")
 
 
-def test_photos() -> None:
-    root = os.environ.get("NEXUSGEN_TEST_DATA")
-    if not root:
-        pytest.skip("NEXUSGEN_TEST_DATA is unset: no real data")
-    found = inspect(f"{root}/data/photos/*.tar")
+def test_photos(test_data: Path) -> None:
+    found = inspect(f"{test_data}/data/photos/*.tar")
     assert found["by_task"] == {"generation": 256, "understanding": 702, "editing": 190}
     assert (found["samples"], found["editing_multi_reference"], found["quarantined"]) == (1148, 6, [])

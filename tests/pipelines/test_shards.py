@@ -340,15 +340,8 @@ def test_a_damaged_gzip_stream_is_reported(shard: Path) -> None:
 # ---- real data ----
 
 
-def data_folder() -> Path:
-    root = os.environ.get("NEXUSGEN_TEST_DATA")
-    if not root:
-        pytest.skip("NEXUSGEN_TEST_DATA is unset: no real data")
-    return Path(root) / "data"
-
-
-def test_photos_have_the_counts_of_an_independent_reading() -> None:
-    folder = data_folder() / "photos"
+def test_photos_have_the_counts_of_an_independent_reading(test_data: Path) -> None:
+    folder = test_data / "data" / "photos"
     found: Counter[str] = Counter()
     expected: Counter[str] = Counter()
     for shard in list_shards(f"{folder}/*.tar"):
@@ -368,8 +361,8 @@ def test_photos_have_the_counts_of_an_independent_reading() -> None:
     assert found == expected == {"generation": 256, "understanding": 702, "editing": 190}
 
 
-def test_every_faulty_tar_behaves_as_expected() -> None:
-    folder = data_folder() / "broken"
+def test_every_faulty_tar_behaves_as_expected(test_data: Path) -> None:
+    folder = test_data / "data" / "broken"
     expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
     shards = list_shards([str(folder / "tars"), str(folder / "tars_others")])
     assert len(shards) == 85

@@ -14,7 +14,6 @@ import pipelines.train as training
 from nexusgen.errors import ConfigError, FingerprintError, ModelError, NexusgenError, ResourceError
 from nexusgen.model.weights import assemble_model, load_model, read_manifest
 from pipelines import checkpoint
-from pipelines.runtime import ray_cluster
 from pipelines.train import Ranks, StepRecord, TrainConfig, learning_rate_at, progress_line, run_training, train
 
 
@@ -28,14 +27,6 @@ def storage_uri(tmp_path_factory: pytest.TempPathFactory, model: Path) -> str:
     uri = str(tmp_path_factory.mktemp("storage"))
     make_embedded(uri, "tiny", model)
     return uri
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_config(storage_uri: str, model: Path, **values: Any) -> TrainConfig:
@@ -96,7 +87,7 @@ def test_a_resumed_training_equals_an_undisturbed_one_bit_for_bit(
 
 
 def test_two_workers_learn_what_one_learns(
-    tmp_path: Path, storage_uri: str, model: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, storage_uri: str, model: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: Any
 ) -> None:
     """On Ray Train with real processes; samples have unequal lengths, and losses unequal counts on the ranks."""
     alone = make_config(storage_uri, model, name="alone", num_steps=5)
@@ -180,8 +171,3 @@ def test_data_names_default_to_the_project() -> None:
     assert TrainConfig(**values, data=["a", "b"]).data_names == ["a", "b"]
     rule = TrainConfig(**values, batch_tokens=500).batch_rule
     assert (rule.samples, rule.tokens) == (None, 500)
-
-
-def test_a_cluster_is_shared_when_there_is_one() -> None:
-    with ray_cluster(0.5, "a test"), ray_cluster(0.5, "another"):
-        pass
