@@ -31,12 +31,15 @@ def load_config(cls: type[ConfigT], path: Path | None = None, overrides: Sequenc
 
     Raises: ConfigError if the file can't be read, isn't a mapping, or holds an unknown key or a wrong value.
     """
-    values: dict[str, Any] = {}
-    if path is not None:
-        values = _read_yaml(path)
+    return parse_config(cls, read_values(path, overrides), str(path) if path is not None else "the command line")
+
+
+def read_values(path: Path | None = None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The keys and values of a YAML file with `key.sub=value` overrides, unchecked. Raises: ConfigError."""
+    values = _read_yaml(path) if path is not None else {}
     for override in overrides:
         _apply(values, override)
-    return parse_config(cls, values, str(path) if path is not None else "the command line")
+    return values
 
 
 def parse_config(cls: type[ConfigT], values: Mapping[str, Any], where: str) -> ConfigT:

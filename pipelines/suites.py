@@ -262,8 +262,8 @@ def _score(prompt: _Explicit | shapes.Prompt, image: Image.Image) -> Row:
         strict = scoring.score_prompt(prompt, pixels, scoring.STRICT_OVERLAP)
         return {"score": float(passed), "strict": float(strict), "colour_and_cell": None}
     explicit = scoring.score_explicit(prompt.scene, pixels)
-    strict = float(explicit.strict)
-    return {"score": strict, "strict": strict, "colour_and_cell": float(explicit.colour_and_cell)}
+    score = float(explicit.strict)
+    return {"score": score, "strict": score, "colour_and_cell": float(explicit.colour_and_cell)}
 
 
 def _see(image: Image.Image) -> str:

@@ -153,13 +153,18 @@ def load_autoregressive(
         model = AutoregressiveModel(config, geometry)
     state = {module_key(name): tensor.to(device, dtype) for name, tensor in iterate_tensors(folder)}
     load_strictly(model, state, str(folder))
+    _rebuild_rotary_tables(model, device)
+    return model.eval()
+
+
+def _rebuild_rotary_tables(model: torch.nn.Module, device: torch.device | str) -> None:
+    """Rotary tables are derived from the config, not stored: fill those that the meta device left empty."""
     for module in model.modules():
-        # Rotary tables are derived from the config, not stored: rebuild what the meta device left empty.
-        if hasattr(module, "inv_freq") and module.inv_freq.device.type == "meta":
-            fresh = type(module)(module.config)
+        table = getattr(module, "inv_freq", None)
+        if isinstance(table, Tensor) and table.is_meta:
+            fresh: Any = type(module)(module.config)  # transformers' rotary modules
             module.inv_freq = fresh.inv_freq.to(device)
             module.original_inv_freq = fresh.inv_freq.clone().to(device)
-    return model.eval()
 
 
 def read_autoregressive_config(folder: Path) -> Qwen2_5_VLConfig:

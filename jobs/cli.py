@@ -1,0 +1,50 @@
+"""The console script `nexusgen`: every command of this package under one name."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from jobs import (
+    demo,
+    describe,
+    embed,
+    evaluate,
+    generate,
+    inspect,
+    make_base,
+    pack,
+    promote,
+    register,
+    road,
+    serve,
+    train,
+    verify,
+)
+from jobs.command import main as run_command
+
+COMMANDS = (
+    demo,
+    road,
+    pack,
+    inspect,
+    embed,
+    train,
+    register,
+    evaluate,
+    promote,
+    serve,
+    generate,
+    describe,
+    verify,
+    make_base,
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Gives the exit code: 0 done, 2 wrong usage or configuration, 1 anything else, 130 on Ctrl-C."""
+    return run_command(COMMANDS, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

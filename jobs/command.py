@@ -1,0 +1,290 @@
+"""What all commands share: how arguments become a configuration, where output goes, and which exit code an error has.
+
+A command is a module of this package with NAME, HELP, `add_arguments` and `run`. Such a module imports the packages
+that do the work inside `run`, so that `nexusgen --help` and a misspelt option answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar
+
+from nexusgen.errors import InputError, NexusgenError, UsageError
+
+if TYPE_CHECKING:
+    from nexusgen.config import Config
+    from pipelines.runtime import JobReport
+
+    ConfigT = TypeVar("ConfigT", bound=Config)
+
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+DEMO_CONFIGS = Path(__file__).parent / "configs" / "demo"
+DEFAULT_STORAGE = "runs/demo"
+
+# Set before the libraries are imported, in this process and those that it starts; what the user has set stays.
+_QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "PYTHONWARNINGS": "ignore",
+    "RAY_TRAIN_ENABLE_CONTROLLER_LOGGING": "0",
+    "GLOG_minloglevel": "3",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command prints: `text` for people, or `data` as one JSON object with --json."""
+
+    text: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+    exit_code: int = EXIT_DONE
+
+
+class Command(Protocol):
+    """A module that is a command."""
+
+    NAME: str
+    HELP: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the command's own arguments."""
+
+    def run(self, arguments: argparse.Namespace) -> Outcome:
+        """Do the work. Raises: NexusgenError or OSError, shown as one line."""
+        ...
+
+
+def main(commands: Sequence[Any], argv: Sequence[str] | None = None) -> int:
+    """Parse a command line made of `commands`, run one of them and return the exit code."""
+    parser = argparse.ArgumentParser(prog="nexusgen", description="Nexus-Gen on Ray: from tar shards to HTTP answers.")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in commands:
+        subparser = subparsers.add_parser(command.NAME, help=command.HELP, description=command.HELP)
+        command.add_arguments(subparser)
+        subparser.set_defaults(run=command.run)
+    try:
+        arguments, extra = parser.parse_known_args(argv)
+        if "overrides" in arguments:  # argparse gives up on key=value after an option
+            arguments.overrides += [text for text in extra if "=" in text and not text.startswith("-")]
+            extra = [text for text in extra if text not in arguments.overrides]
+        if extra:
+            parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    except SystemExit as stop:  # argparse has printed why
+        return int(stop.code or 0)
+    return execute(arguments)
+
+
+def main_of(command: Any) -> int:
+    """`python -m jobs.NAME ...`: the same as `nexusgen NAME ...`."""
+    return main([command], [command.NAME, *sys.argv[1:]])
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Run a parsed command: print its outcome, or its error as one line."""
+    _be_quiet()
+    try:
+        if not getattr(arguments, "json", False):
+            outcome = arguments.run(arguments)
+            if outcome.text:
+                print(outcome.text, flush=True)
+        else:
+            with _only_json() as out:
+                outcome = arguments.run(arguments)
+                print(json.dumps(_plain(outcome.data), ensure_ascii=False), file=out, flush=True)
+    except NexusgenError as error:
+        _complain(str(error))
+        return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
+    except BrokenPipeError:  # the reader of our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nor may the interpreter complain when it flushes at the end
+        return EXIT_FAILED
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        _complain(f"{place}{error.strerror or error}")
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        _complain("interrupted; started again, the job goes on from what is finished")
+        return EXIT_INTERRUPTED
+    return int(outcome.exit_code)
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """--json: one object on standard output, everything else on standard error."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """CONFIG [key=value ...]."""
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; see jobs/configs")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="replaces a key of the file, dotted if nested"
+    )
+
+
+def read_config(cls: type[ConfigT], arguments: argparse.Namespace) -> ConfigT:
+    """The configuration that the command line names. Raises: ConfigError."""
+    from nexusgen.config import load_config
+
+    return load_config(cls, arguments.config, arguments.overrides)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model a command uses, and how it samples."""
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        default="models:/nexusgen@champion",
+        help="a model folder, demo-base, models:/nexusgen@ALIAS or models:/nexusgen/VERSION (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--storage", metavar="URI", default=DEFAULT_STORAGE, help="where registered models are (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=_natural, default=0, help="of the picture's noise (default: %(default)s)")
+    parser.add_argument("--steps", type=_positive, help="denoising steps (default: the model's own)")
+    parser.add_argument(
+        "--size", type=_size, metavar="HEIGHTxWIDTH", help="of the picture in pixels (default: the model's own)"
+    )
+    add_json_argument(parser)
+
+
+def find_model(arguments: argparse.Namespace) -> Path:
+    """The folder of the model that `add_model_arguments` names. Raises: InputError, ModelError or UsageError."""
+    from pipelines import registry, storage, tracking
+
+    # Looking a name up would make an empty registry where there is none.
+    if arguments.model.startswith("models:/") and not storage.is_remote(arguments.storage):
+        uri = tracking.mlflow_uri(arguments.storage)
+        database = Path(uri.removeprefix("sqlite:///"))
+        if uri.startswith("sqlite:///") and not database.exists():
+            raise InputError(
+                f"--model {arguments.model}: the storage {arguments.storage} has no registered model ({database} is "
+                "missing); run `nexusgen demo` first, name its folder with --storage, or give a model folder"
+            )
+    return registry.resolve_model(arguments.model, arguments.storage)
+
+
+def report_outcome(report: JobReport) -> Outcome:
+    """A job's report: what it made and cost."""
+    lines = [f"{report.job}: {'re-used' if report.reused else 'done'} in {report.seconds:.1f} s"]
+    if report.samples_per_s and not report.reused:
+        lines[0] += f", {report.samples} samples, {report.samples_per_s:.0f}/s"
+    if report.loss_first is not None and report.loss_last is not None:
+        lines[0] += f", loss {report.loss_first:.4f} -> {report.loss_last:.4f}"
+    lines += [f"  {name}: {_short(value)}" for name, value in report.outputs.items()]
+    return Outcome("\n".join(lines), report.to_json())
+
+
+def check_output_file(path: Path, suffixes: Sequence[str]) -> None:
+    """Find out before the work whether its result can be written. Raises: UsageError or InputError."""
+    if path.suffix.lower() not in suffixes:
+        raise UsageError(f"-o {path}: wanted a name that ends in {', '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise InputError(f"-o {path}: there is no folder {path.parent}; make it first")
+    if path.is_dir():
+        raise InputError(f"-o {path}: that is a folder; give the name of a file")
+    check_folder(path.parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Make a folder if need be and see whether files can be written there. Raises: InputError."""
+    import tempfile
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write to the folder {folder}: {error.strerror or error}") from None
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns side by side, the first aligned to the left and numbers to the right."""
+    table = [header, *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+    lines = []
+    for row in table:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(lines)
+
+
+def _be_quiet() -> None:
+    """Leave standard error to our own messages: libraries' advice to programmers isn't for users."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    for name in ("ray", "mlflow", "alembic", "transformers", "diffusers", "filelock", "urllib3"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def _only_json() -> Iterator[TextIO]:
+    """Send standard output to standard error, of child processes too; gives the real one, for the JSON object."""
+    sys.stdout.flush()
+    real = os.dup(1)
+    stdout = sys.stdout
+    try:
+        os.dup2(2, 1)
+        with contextlib.redirect_stdout(sys.stderr):
+            if stdout is sys.__stdout__:
+                with os.fdopen(os.dup(real), "w", encoding="utf-8") as out:
+                    yield out
+            else:
+                yield stdout  # standard output has been replaced already, as by a test
+    finally:
+        os.dup2(real, 1)
+        os.close(real)
+
+
+def _complain(message: str) -> None:
+    """One line, whatever a library has put into its message."""
+    print(f"nexusgen: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def _plain(value: Any) -> Any:
+    """The same, as JSON knows it: a number that isn't finite becomes null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list) and len(value) > 3:
+        return f"{value[0]} ... {value[-1]} ({len(value)} in all)"
+    return json.dumps(_plain(value), ensure_ascii=False) if isinstance(value, dict | list) else str(value)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a whole number >= 0")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a whole number > 0")
+    return int(text)
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.lower().partition("x")
+    if not height.isdecimal() or not (width or height).isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted HEIGHTxWIDTH in pixels, like 64x64")
+    return int(height), int(width or height)

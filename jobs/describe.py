@@ -1,0 +1,58 @@
+"""`nexusgen describe IMAGE [-q TEXT]`: an answer about a picture, without Ray."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from jobs.command import Outcome, add_model_arguments, find_model, main_of
+from nexusgen.errors import InputError, SampleError
+
+NAME = "describe"
+HELP = "Describe a picture, or answer a question about it."
+DEFAULT_QUESTION = "Describe the picture."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """IMAGE [-q TEXT] and the options of models; answers are greedy, so that seed, steps and size change nothing."""
+    parser.add_argument("image", type=Path, metavar="IMAGE", help="a picture's file")
+    parser.add_argument("-q", "--question", default=DEFAULT_QUESTION, metavar="TEXT", help="(default: %(default)s)")
+    add_model_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Ask the model."""
+    try:
+        data = arguments.image.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read the picture {arguments.image}: {error.strerror or error}") from None
+    folder = find_model(arguments)
+    import torch
+
+    from nexusgen.images import decode_image
+    from nexusgen.model.weights import load_model
+    from nexusgen.sampling import describe
+
+    try:
+        image = decode_image(data)
+    except SampleError as error:
+        raise InputError(f"{arguments.image} can't be used as a picture: {error}") from None
+    torch.set_num_threads(1)
+    print(f"describe: model {folder}", file=sys.stderr, flush=True)
+    model = load_model(folder, ["autoregressive"])
+    started = time.monotonic()
+    answer = describe(model, [image], [arguments.question])[0]
+    result = {
+        "answer": answer,
+        "question": arguments.question,
+        "model": str(folder),
+        "fingerprint": model.manifest.fingerprint,
+        "seconds": time.monotonic() - started,
+    }
+    return Outcome(answer, result)
+
+
+if __name__ == "__main__":
+    sys.exit(main_of(sys.modules[__name__]))

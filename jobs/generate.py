@@ -1,0 +1,55 @@
+"""`nexusgen generate PROMPT -o OUT.png`: one picture, without Ray."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from jobs.command import Outcome, add_model_arguments, check_output_file, find_model, main_of
+
+NAME = "generate"
+HELP = "Draw a picture of a text."
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """PROMPT -o OUT.png and the options of models."""
+    parser.add_argument("prompt", metavar="PROMPT", help="what to draw, in English or Chinese")
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="OUT.png", help="where the picture goes")
+    add_model_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> Outcome:
+    """Draw and write the picture. The same seed gives the same picture, here and over HTTP."""
+    check_output_file(arguments.out, SUFFIXES)
+    folder = find_model(arguments)
+    import torch
+
+    from nexusgen.model.weights import load_model
+    from nexusgen.sampling import generate_images
+
+    torch.set_num_threads(1)  # as in a replica of `serve`; sums in another order would change last bits
+    print(f"generate: model {folder}", file=sys.stderr, flush=True)
+    model = load_model(folder)
+    started = time.monotonic()
+    picture = generate_images(model, [arguments.prompt], [arguments.seed], arguments.steps, arguments.size)[0]
+    seconds = time.monotonic() - started
+    unfinished = arguments.out.with_name(f".{arguments.out.name}.tmp{arguments.out.suffix}")
+    picture.save(unfinished)
+    unfinished.replace(arguments.out)
+    data = {
+        "out": str(arguments.out),
+        "seed": arguments.seed,
+        "steps": arguments.steps or model.manifest.num_inference_steps,
+        "size": [picture.height, picture.width],
+        "model": str(folder),
+        "fingerprint": model.manifest.fingerprint,
+        "seconds": seconds,
+    }
+    return Outcome(f"{arguments.out}: {picture.height}x{picture.width} pixels in {seconds:.1f} s", data)
+
+
+if __name__ == "__main__":
+    sys.exit(main_of(sys.modules[__name__]))
