@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 
 from jobs import road
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Outcome:
     """Walk the demo's road."""
-    return road.walk(DEMO_CONFIGS / "road.yaml", [f"storage={arguments.out}"])
+    return road.walk(DEMO_CONFIGS / "road.yaml", [f"storage={json.dumps(arguments.out)}"])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Conversations as token ids: roles, image marks, chat template, labels; the paper's prompt templates.
 
-Source of the template: Qwen2.5's chat format (`<|im_start|>role\\ncontent<|im_end|>\\n`) and the released system prompt.
+Source of the template: Qwen2.5's chat format (`<|im_start|>role`, text, `<|im_end|>`) and the released system prompt.
 Text from data or users never becomes a control token: it is tokenised with special tokens split into plain text.
 """
 

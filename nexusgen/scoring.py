@@ -81,7 +81,6 @@ class EditScore:
 def read_scene(image: UInt8[np.ndarray, "height width 3"]) -> Reading:
     """Read a square picture of the demo world, whatever its size."""
     pixels = image.astype(np.float32)
-    size = len(pixels)
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     background = _nearest(np.median(border, axis=0), {n: rgb for n, (_, rgb) in BACKGROUNDS.items()})
     coverage = _coverage(pixels, np.median(border, axis=0))
@@ -167,7 +166,7 @@ def _nearest(colour: Num[np.ndarray, "3"], palette: Mapping[str, tuple[int, int,
 def score_prompt(prompt: Prompt, image: UInt8[np.ndarray, "height width 3"], min_overlap: float = OVERLAP) -> bool:
     """Whether the picture shows what a short prompt says, by GenEval's rule for its category.
 
-    single: that shape, on that background. two: both shapes and nothing else. counting: exactly that many of that shape.
+    single: that shape, on that background. two: both shapes and nothing else. counting: just so many of that shape.
     colours: that shape in that colour. position: both shapes, in that relation. attributes: both shapes, each in its
     colour. Nothing may be shown that isn't asked for; what a prompt leaves open (size, place, colour) is free.
     """
@@ -186,7 +185,8 @@ def score_prompt(prompt: Prompt, image: UInt8[np.ndarray, "height width 3"], min
         asked = {t.shape: divmod(t.cell, NUM_CELLS) for t in wanted}
         first, second = asked
         return all(
-            np.sign(asked[first][axis] - asked[second][axis]) in (0, np.sign(places[first][axis] - places[second][axis]))
+            np.sign(asked[first][axis] - asked[second][axis])
+            in (0, np.sign(places[first][axis] - places[second][axis]))
             for axis in (0, 1)
         )
     return True

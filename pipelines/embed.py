@@ -59,8 +59,8 @@ class EmbedConfig(Config):
     model: str = "demo-base"
     max_quarantine_fraction: float = Field(default=0.05, ge=0, le=1)  # 1: never stop
     pairs_as: Literal["generation", "understanding"] = "generation"  # the task of images with a text (img2dataset)
-    slice_samples: int = Field(default=256, ge=1, le=32_767)
-    slice_bytes: int = Field(default=64 << 20, ge=1)  # compressed
+    slice_samples: int = Field(default=256, ge=1, le=256)
+    slice_bytes: int = Field(default=64 << 20, ge=1, le=64 << 20)  # compressed
     num_readers: int = Field(default=1, ge=1)
     num_encoders: int = Field(default=1, ge=1)
     gpus_per_encoder: float = Field(default=0.0, ge=0)

@@ -31,12 +31,18 @@ from fnmatch import fnmatchcase
 from typing import Any, BinaryIO, Literal, Protocol, cast
 
 from nexusgen.errors import ConfigError, InputError, SampleError
-from nexusgen.prompts import generation_messages, task_of, understanding_messages, validate_messages
+from nexusgen.prompts import (
+    MAX_PROMPT_CHARACTERS,
+    generation_messages,
+    task_of,
+    understanding_messages,
+    validate_messages,
+)
 from nexusgen.schema import Message, QuarantineRow, Sample
 from pipelines import storage
 
 MAX_MEMBER_BYTES = 256 << 20
-MAX_TEXT_CHARACTERS = 32_768  # about 8,000 tokens of English: a conversation's whole text
+MAX_TEXT_CHARACTERS = MAX_PROMPT_CHARACTERS  # a conversation's whole text
 MAX_OPEN_SAMPLES = 32
 MAX_OPEN_BYTES = 64 << 20
 

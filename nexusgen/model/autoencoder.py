@@ -11,59 +11,12 @@ from typing import TypeAlias, cast
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers import AutoencoderKL, ModelMixin
 from jaxtyping import Float, UInt8
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from nexusgen.errors import ModelError, ShapeError
-
-_LOG_VARIANCE_OF_CERTAINTY = -30.0  # AutoencoderKL's own lower bound
-
-
-class PatchAutoencoder(ModelMixin, ConfigMixin):
-    """Principal components of square pixel patches, arranged as latents of half a patch, four numbers of each channel.
-
-    A patch's components become a 2x2 square of `latent_channels` channels, so that FLUX's 2x2 packing puts one patch
-    into one token. Fitted by `fit_patch_autoencoder`, not trained. Has the parts of AutoencoderKL's interface that we
-    use: `encode(x).latent_dist.mode()`, `decode(z).sample`, `config.{scaling_factor, shift_factor, latent_channels}`.
-    """
-
-    @register_to_config
-    def __init__(
-        self,
-        latent_channels: int = 32,
-        patch_size: int = 16,
-        scaling_factor: float = 1.0,
-        shift_factor: float = 0.0,
-    ) -> None:
-        super().__init__()
-        shape = (3, patch_size, patch_size)
-        self.components = nn.Parameter(torch.zeros(4 * latent_channels, *shape), requires_grad=False)
-        self.mean = nn.Parameter(torch.zeros(shape), requires_grad=False)
-
-    def encode(self, x: Float[Tensor, "batch 3 height width"]) -> AutoencoderKLOutput:
-        """Pixels in [-1, 1]. Raises: ShapeError if a side isn't a multiple of the patch."""
-        patch = self.mean.shape[-1]
-        if x.shape[-2] % patch or x.shape[-1] % patch:
-            raise ShapeError(f"image of {x.shape[-2]}x{x.shape[-1]} pixels: sides must be multiples of {patch}")
-        offset = (self.components * self.mean).sum(dim=(1, 2, 3))
-        numbers = functional.conv2d(x, self.components, -offset, stride=patch)
-        mean = functional.pixel_shuffle(numbers, 2)
-        parameters = torch.cat([mean, torch.full_like(mean, _LOG_VARIANCE_OF_CERTAINTY)], dim=1)
-        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(parameters, deterministic=True))
-
-    def decode(self, z: Float[Tensor, "batch channels latent_height latent_width"]) -> DecoderOutput:
-        """Unscaled latents to pixels, about [-1, 1]."""
-        patch = self.mean.shape[-1]
-        numbers = functional.pixel_unshuffle(z, 2)
-        rows, columns = numbers.shape[-2:]
-        pixels = functional.conv_transpose2d(numbers, self.components, stride=patch)
-        return DecoderOutput(sample=pixels + self.mean.repeat(1, rows, columns))
-
+from nexusgen.model.patch_autoencoder import PatchAutoencoder
 
 ImageAutoencoder: TypeAlias = AutoencoderKL | PatchAutoencoder
 
@@ -141,7 +94,8 @@ def latent_shape(autoencoder: ImageAutoencoder, image_size: tuple[int, int]) -> 
 def encode_latents(
     autoencoder: ImageAutoencoder, pixels: Float[Tensor, "batch 3 height width"]
 ) -> Float[Tensor, "batch channels latent_height latent_width"]:
-    """Scaled latents (posterior mean) of pixels in [-1, 1]."""
+    """Scaled latents (posterior mean) of pixels in [-1, 1]. Raises: ShapeError as `latent_shape`."""
+    latent_shape(autoencoder, (pixels.shape[-2], pixels.shape[-1]))
     mean = autoencoder.encode(pixels.to(autoencoder.device, autoencoder.dtype)).latent_dist.mode()
     latents: Tensor = (mean - (autoencoder.config.shift_factor or 0.0)) * autoencoder.config.scaling_factor
     return latents

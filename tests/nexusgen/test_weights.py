@@ -1,0 +1,129 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nexusgen.base_training import BaseSchedule, make_base
+from nexusgen.errors import ModelError
+from nexusgen.model.weights import (
+    assemble_model,
+    demo_base,
+    load_model,
+    module_key,
+    read_manifest,
+    released_key,
+    tensors_fingerprint,
+)
+
+PLAIN = """
+import sys
+from pathlib import Path
+import torch
+from diffusers import AutoModel, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+folder = Path(sys.argv[1])
+model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "autoregressive", output_loading_info=True)
+assert not info["missing_keys"], info["missing_keys"]
+assert set(info["unexpected_keys"]) == {"vision_head.weight", "image_prefill_embeds.weight"}, info["unexpected_keys"]
+tokenizer = AutoTokenizer.from_pretrained(folder / "autoregressive")
+text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
+assert text.endswith("<|im_start|>assistant\\n"), text
+transformer = FluxTransformer2DModel.from_pretrained(folder / "decoders" / "generation" / "transformer")
+autoencoder = AutoModel.from_pretrained(folder / "vae", trust_remote_code=True)
+FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+latents = autoencoder.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mode()
+assert autoencoder.decode(latents).sample.shape == (1, 3, 64, 64)
+assert latents.shape[1] * 4 == transformer.config.in_channels
+assert "nexusgen" not in sys.modules
+print("opened")
+"""
+
+
+def test_plain_transformers_and_diffusers_open_the_shipped_base(tmp_path):
+    """Language model, tokenizer, transformer, autoencoder and scheduler, in a process without this project."""
+    command = [sys.executable, "-W", "ignore", "-c", PLAIN, str(demo_base())]
+    environment = {"PATH": "/usr/bin:/bin", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("opened")
+
+
+def test_the_shipped_base_is_small_whole_and_bf16():
+    base = demo_base()
+    assert sum(f.stat().st_size for f in base.rglob("*.safetensors")) <= 12_000_000
+    assert read_manifest(base).parts == ("autoregressive", "generation_decoder", "vae")
+    tensors = load_file(base / "autoregressive" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    load_model(base)
+
+
+def test_released_names_and_module_names_map_both_ways():
+    for name in ("visual.blocks.0.norm1.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"):
+        assert released_key(module_key(name)) == name
+        assert module_key(name).startswith("qwen.")
+    assert module_key("vision_head.weight") == "vision_head.weight"
+
+
+def test_make_base_writes_a_loadable_base(tmp_path):
+    make_base(tmp_path / "base", BaseSchedule(understanding_steps=2, decoder_steps=2))
+    model = load_model(tmp_path / "base")
+    assert model.manifest.lineage["understanding_steps"] == 2
+    assert {p.name for p in (tmp_path / "base").iterdir()} == {p.name for p in demo_base().iterdir()}
+
+
+def test_assembled_folder_holds_trained_weights_and_the_bases_rest(tmp_path):
+    base = load_model(demo_base(), ["autoregressive"]).autoregressive
+    trained = {n: t for n, t in base.state_dict().items() if not n.startswith("qwen.model.visual")}
+    trained["vision_head.weight"] = torch.eye(128)
+    save_file(trained, tmp_path / "trained.safetensors")
+    out = tmp_path / "model"
+    lineage = {"runs": ["abc"]}
+    manifest = assemble_model(
+        demo_base(), out, autoregressive=tmp_path / "trained.safetensors", generation_decoder=None, lineage=lineage
+    )
+    before = read_manifest(demo_base())
+    assert manifest.fingerprints["vision"] == before.fingerprints["vision"]
+    assert manifest.fingerprints["autoregressive"] != before.fingerprints["autoregressive"]
+    assert manifest.fingerprint != before.fingerprint
+    assert read_manifest(out).lineage == lineage
+    made = load_model(out, ["autoregressive"]).autoregressive
+    assert torch.equal(made.vision_head.weight, torch.eye(128))
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_tensor_without_a_place_is_named(tmp_path):
+    save_file({"qwen.surplus": torch.zeros(1)}, tmp_path / "trained.safetensors")
+    with pytest.raises(ModelError, match=r"qwen\.surplus"):
+        assemble_model(
+            demo_base(),
+            tmp_path / "model",
+            autoregressive=tmp_path / "trained.safetensors",
+            generation_decoder=None,
+            lineage={},
+        )
+    assert not (tmp_path / "model").exists()
+
+
+def test_fingerprint_is_of_names_and_bytes_not_of_order():
+    a, b = ("a", torch.ones(2)), ("b", torch.zeros(2))
+    assert tensors_fingerprint([a, b]) == tensors_fingerprint([b, a])
+    assert tensors_fingerprint([a, b]) != tensors_fingerprint([("b", torch.ones(2)), ("a", torch.zeros(2))])
+    assert tensors_fingerprint([a]) != tensors_fingerprint([("a", torch.ones(2, dtype=torch.float64))])
+
+
+def test_folders_that_are_no_models_are_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"nexusgen\.json"):
+        read_manifest(tmp_path)
+    (tmp_path / "nexusgen.json").write_text(json.dumps({"parts": 3}))
+    with pytest.raises(ModelError, match="manifest"):
+        load_model(tmp_path)
+
+
+def test_an_absent_part_is_named():
+    with pytest.raises(ModelError, match="editing_decoder"):
+        load_model(Path(demo_base()), ["editing_decoder"])
