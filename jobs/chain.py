@@ -192,20 +192,20 @@ class _Walker:
     def walk_side_by_side(
         self, main: tuple[str, Callable[[str], JobReport]], beside: tuple[str, Callable[[str], JobReport]]
     ) -> None:
-        """Run two jobs at the same time. If `beside` fails, `main` is still brought to its end, as its work keeps."""
-        failures: list[BaseException] = []
+        """Run two jobs at the same time. If one fails, the other is still brought to its end, as its work keeps."""
+        failures: list[Exception] = []
 
-        def work() -> None:
+        def work(label: str, job: Callable[[str], JobReport]) -> None:
             try:
-                self.walk(*beside)
-            except BaseException as error:
+                self.walk(label, job)
+            except Exception as error:
                 failures.append(error)
-                _say(f"== {beside[0]}: failed; {main[0]} goes on to its end")
+                _say(f"== {label}: failed ({error}); the job beside it goes on to its end")
 
         # A daemon, so that Ctrl-C isn't held up by it: the job goes down with Ray, and resumes when started again.
-        thread = threading.Thread(target=work, name=beside[0], daemon=True)
+        thread = threading.Thread(target=work, args=beside, name=beside[0], daemon=True)
         thread.start()
-        self.walk(*main)
+        work(*main)
         thread.join()
         if failures:
             raise failures[0]

@@ -39,7 +39,7 @@ _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "PYTHONWARNINGS": "ignore",
     "RAY_TRAIN_ENABLE_CONTROLLER_LOGGING": "0",
-    "GLOG_minloglevel": "3",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # lines of its C++ core about what its own libraries do
 }
 
 
@@ -284,7 +284,7 @@ def _positive(text: str) -> int:
 
 
 def _size(text: str) -> tuple[int, int]:
-    height, _, width = text.lower().partition("x")
-    if not height.isdecimal() or not (width or height).isdecimal():
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
         raise argparse.ArgumentTypeError(f"{text!r}: wanted HEIGHTxWIDTH in pixels, like 64x64")
-    return int(height), int(width or height)
+    return int(sides[0]), int(sides[-1])

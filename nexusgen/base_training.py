@@ -44,7 +44,7 @@ from nexusgen.model.autoencoder import encode_latents, fit_patch_autoencoder, lo
 from nexusgen.model.autoregressive import AutoregressiveModel, collate_conversations
 from nexusgen.model.decoder import DecoderConfig, VisionDecoder, initialise_for_training, save_decoder
 from nexusgen.model.tensors import save_tensors
-from nexusgen.model.weights import save_autoregressive, write_manifest
+from nexusgen.model.weights import load_autoregressive, save_autoregressive, write_manifest
 from nexusgen.prompts import encode_conversation, load_tokenizer
 from nexusgen.schema import Message, Task
 
@@ -85,7 +85,8 @@ _SPLIT = (
 class BaseSchedule(NamedTuple):
     """Lengths of the two trainings, in steps; the shipped base used the defaults."""
 
-    understanding_steps: int = 2600
+    understanding_steps: int = 2600  # vision tower and language model together
+    language_steps: int = 2000  # language model alone, on the finished tower
     decoder_steps: int = 4500
 
 
@@ -104,7 +105,7 @@ def make_base(out: Path, schedule: BaseSchedule | None = None) -> None:
     make_scheduler(SCHEDULER_SHIFT).save_pretrained(out / "scheduler")
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         halves = [
-            pool.submit(train_understanding, out, schedule.understanding_steps),
+            pool.submit(_train_autoregressive, out, schedule.understanding_steps, schedule.language_steps),
             pool.submit(train_decoder, out, schedule.decoder_steps),
         ]
         for half in halves:
@@ -239,6 +240,11 @@ class _ReadBack(nn.Module):
         return loss, F.mse_loss(self.pixels(embeddings), patches)
 
 
+def _train_autoregressive(folder: Path, understanding_steps: int, language_steps: int) -> None:
+    train_understanding(folder, understanding_steps)
+    train_language(folder, language_steps)
+
+
 def train_understanding(folder: Path, num_steps: int) -> None:
     """Pre-train vision tower and language model on captions and questions about pictures of both sizes."""
     torch.set_num_threads(1)  # a second thread on two cores slows steps of this size down
@@ -253,7 +259,7 @@ def train_understanding(folder: Path, num_steps: int) -> None:
     groups = parameter_groups([*trained, *read_back.parameters()], weight_decay=0.01)
     optimizer = torch.optim.AdamW(groups, lr=2e-3, betas=(0.9, 0.98), fused=True)
     schedule = cosine_schedule(optimizer, num_steps, warmup_steps=100)
-    batches = _understanding_batches(tokenizer)
+    batches = _understanding_batches(tokenizer, SEED + 1)
     started = time.monotonic()
     for step in range(num_steps):
         if step == int(0.8 * num_steps):
@@ -295,6 +301,39 @@ def train_understanding(folder: Path, num_steps: int) -> None:
     save_autoregressive(model, folder / "autoregressive", tokenizer, torch.bfloat16)
 
 
+def train_language(folder: Path, num_steps: int) -> None:
+    """Go on with the language model alone: reading what the finished tower sees is learned last, and cheaply."""
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED + 3)
+    tokenizer = load_tokenizer(folder / "autoregressive")
+    model = load_autoregressive(folder / "autoregressive", GEOMETRY).train()
+    trained = [p for n, p in model.named_parameters() if n.startswith(("qwen.model.language_model", "qwen.lm_head"))]
+    optimizer = torch.optim.AdamW(parameter_groups(trained, weight_decay=0.01), lr=1e-3, betas=(0.9, 0.98), fused=True)
+    schedule = cosine_schedule(optimizer, num_steps, warmup_steps=100)
+    batches = _understanding_batches(tokenizer, SEED + 4)
+    started = time.monotonic()
+    for step in range(num_steps):
+        pictures, conversations, _, _ = next(batches)
+        with torch.no_grad():
+            embeddings = [
+                model.encode_images(*to_patches([Image.fromarray(image) for image in images], GEOMETRY))
+                for images in pictures
+            ]
+        batch = collate_conversations(
+            conversations, torch.cat(embeddings), torch.zeros(0, HIDDEN_SIZE), tokenizer.pad_token_id
+        )
+        output = model(batch)
+        parts = autoregressive_losses(output.logits, output.labels, output.predictions, batch.target_embeddings)
+        optimizer.zero_grad()
+        parts["ce"].mean.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == num_steps - 1:
+            _report("language", step, num_steps, started, ce=parts["ce"].mean)
+    save_autoregressive(model, folder / "autoregressive", tokenizer, torch.bfloat16)
+
+
 def fold_normalisation(model: AutoregressiveModel, normalise: nn.BatchNorm1d) -> None:
     """Fold fixed per-channel statistics into the merger's last layer: (W x + b - mean) / std."""
     last = model.qwen.model.visual.merger.mlp[2]
@@ -306,9 +345,9 @@ def fold_normalisation(model: AutoregressiveModel, normalise: nn.BatchNorm1d) ->
         last.bias.sub_(normalise.running_mean).div_(std)
 
 
-def _understanding_batches(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Any, ...]]:
+def _understanding_batches(tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[tuple[Any, ...]]:
     """Batches of (pictures by size, conversations, cell labels, backgrounds): one conversation per picture."""
-    rng = np.random.default_rng(SEED + 1)
+    rng = np.random.default_rng(seed)
     while True:
         scenes, pictures, conversations = [], [], []
         for size, count in PICTURES_PER_STEP.items():

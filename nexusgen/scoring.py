@@ -3,7 +3,8 @@
 Reading: the border's median is the background; connected regions that differ from it are things; a thing's colour is
 its median's nearest in the palette, its cell that of its centroid, its shape and size the template of that cell with
 the best soft overlap (intersection over union of coverage). Two thresholds on that overlap: 0.65 passes a slightly
-blurred shape, 0.80 (`STRICT_OVERLAP`) doesn't.
+blurred shape, 0.80 (`STRICT_OVERLAP`) doesn't. A region in no colour of the palette (black on white, say) is no shape.
+Not seen at all: regions of under 0.4 % of the picture, and ghosts less than half as strong as a colour.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from nexusgen.shapes import (
 OVERLAP = 0.65
 STRICT_OVERLAP = 0.80
 _MIN_AREA = 0.004  # of the picture: smaller regions are noise, half of the smallest thing is larger
-_CONTRAST = 0.35  # of the distance to the nearest palette colour seen against this background
+_MAX_COLOUR_DISTANCE = 85.0  # in RGB; the palette's closest two are 86 apart, grey is 91 from its nearest
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class ReadThing:
 
 @dataclass(frozen=True)
 class Reading:
-    """A picture as read. Regions that cover no known shape well enough keep their low overlap."""
+    """A picture as read. Regions that cover no known shape well keep their low overlap, off-palette ones have 0."""
 
     background: str
     things: tuple[ReadThing, ...]
@@ -89,7 +90,7 @@ def read_scene(image: UInt8[np.ndarray, "height width 3"]) -> Reading:
     for index in range(1, count + 1):
         region = labels == index
         if region.mean() >= _MIN_AREA:
-            things += [_read_region(pixels, coverage, part) for part in _split_by_colour(pixels, region)]
+            things += [_read_region(pixels, coverage, part) for part in _split_by_cell(region)]
     return Reading(background, tuple(sorted(things, key=lambda read: read.thing)))
 
 
@@ -108,11 +109,9 @@ def _coverage(
     return coverage
 
 
-def _split_by_colour(
-    pixels: Float[np.ndarray, "height width 3"], region: Bool[np.ndarray, "height width"]
-) -> list[Bool[np.ndarray, "height width"]]:
+def _split_by_cell(region: Bool[np.ndarray, "height width"]) -> list[Bool[np.ndarray, "height width"]]:
     """A region that spans several cells is cut at the cells' borders: things may touch, but never leave their cell."""
-    size = len(pixels)
+    size = len(region)
     parts = []
     edges = np.linspace(0, size, NUM_CELLS + 1).round().astype(int)
     for row in range(NUM_CELLS):
@@ -133,7 +132,8 @@ def _read_region(
     size = len(pixels)
     solid = region & (coverage > 0.9)
     colour_pixels = pixels[solid] if solid.any() else pixels[region]
-    colour = _nearest(np.median(colour_pixels, axis=0), {n: rgb for n, (_, rgb) in COLOURS.items()})
+    median = np.median(colour_pixels, axis=0)
+    colour = _nearest(median, {n: rgb for n, (_, rgb) in COLOURS.items()})
     centre = ndimage.center_of_mass(region)
     row, column = (min(int(c * NUM_CELLS / size), NUM_CELLS - 1) for c in centre)
     cell = row * NUM_CELLS + column
@@ -144,7 +144,8 @@ def _read_region(
         for (shape, size_name), template in _templates(cell, size).items()
     }
     shape, size_name = max(overlaps, key=lambda name: overlaps[name])
-    return ReadThing(Thing(cell, shape, colour, size_name), overlaps[shape, size_name])
+    is_in_palette = np.linalg.norm(median - COLOURS[colour][1]) <= _MAX_COLOUR_DISTANCE
+    return ReadThing(Thing(cell, shape, colour, size_name), overlaps[shape, size_name] if is_in_palette else 0.0)
 
 
 @functools.cache
@@ -195,7 +196,7 @@ def score_prompt(prompt: Prompt, image: UInt8[np.ndarray, "height width 3"], min
 def score_explicit(scene: Scene, image: UInt8[np.ndarray, "height width 3"]) -> ExplicitScore:
     """Compare a picture with the scene of an explicit caption."""
     reading = read_scene(image)
-    coloured = sorted((read.thing.cell, read.thing.colour) for read in reading.things)
+    coloured = sorted((read.thing.cell, read.thing.colour if read.overlap > 0 else "") for read in reading.things)
     is_placed = coloured == sorted((t.cell, t.colour) for t in scene.things) and reading.background == scene.background
     return ExplicitScore(reading.scene(STRICT_OVERLAP) == scene, is_placed)
 

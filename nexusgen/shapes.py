@@ -238,6 +238,13 @@ def held_out(scene: Scene) -> set[str]:
     return found
 
 
+def held_out_edit(edit: Edit) -> set[str]:
+    """The held-out combinations in either picture of an edit, or named by turning one shape of a pair into the other."""
+    shapes = {thing.shape for thing in edit.source.things + edit.target.things}
+    named = {" with ".join(sorted(pair)) for pair in HELD_OUT_PAIRS if pair <= shapes}
+    return held_out(edit.source) | held_out(edit.target) | named
+
+
 def sample_scene(rng: np.random.Generator) -> Scene:
     """A random training scene: one to three things, or (one in six) two to four of one kind."""
     while True:
@@ -424,14 +431,12 @@ def _absent_thing(scene: Scene, rng: np.random.Generator) -> Thing:
 EDIT_KINDS = ("colour", "shape", "size", "move", "remove", "add", "background")
 
 
-def sample_edit(rng: np.random.Generator, lang: Lang, is_held_out: bool = False) -> Edit:
-    """A random edit; neither side holds a held-out combination, or the target does if `is_held_out`."""
+def sample_edit(rng: np.random.Generator, lang: Lang) -> Edit:
+    """A random training edit: of any kind, with no held-out combination in its pictures or its instruction."""
     while True:
         source = _random_scene(rng)
         edit = _edit(source, EDIT_KINDS[int(rng.integers(len(EDIT_KINDS)))], lang, rng)
-        if edit is None or held_out(edit.source):
-            continue
-        if bool(held_out(edit.target)) is is_held_out:
+        if edit is not None and not held_out_edit(edit):
             return edit
 
 
@@ -572,9 +577,16 @@ def majority_score(asked: Sequence[Question]) -> float:
 
 
 def evaluation_edits(count: int, seed: int = 0) -> list[Edit]:
-    """Edits whose target contains a held-out combination."""
+    """Edits with a held-out combination (`held_out_edit`), kinds and languages in equal parts."""
     rng = np.random.default_rng([seed, 104])
-    return [sample_edit(rng, _lang(index), is_held_out=True) for index in range(count)]
+    return [_held_out_edit_of(EDIT_KINDS[index // 2 % len(EDIT_KINDS)], _lang(index), rng) for index in range(count)]
+
+
+def _held_out_edit_of(kind: str, lang: Lang, rng: np.random.Generator) -> Edit:
+    while True:
+        edit = _edit(_random_scene(rng), kind, lang, rng)
+        if edit is not None and held_out_edit(edit):
+            return edit
 
 
 def _lang(index: int) -> Lang:

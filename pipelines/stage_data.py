@@ -6,6 +6,7 @@ prepares from a row is kept, so that data that fits in memory is read and tokeni
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -152,19 +153,26 @@ def _read_columns(info: SliceInfo, columns: Sequence[str]) -> list[pa.ChunkedArr
 
 
 class StageSource(Generic[PreparedT, BatchT]):
-    """Batches of a stage by row number; slices and prepared samples are kept, least recently used dropped first."""
+    """Batches of a stage; slices and prepared samples are kept, least recently used dropped first.
 
-    def __init__(self, data: StageData, stage: Stage[PreparedT, BatchT], rows: Rows) -> None:
-        """`rows` are the numbers in `data` behind the numbers asked for: `data.train` or `data.validation`."""
-        self._data, self._stage, self._rows = data, stage, rows
+    The loop's validation and the thread that makes its batches share one source.
+    """
+
+    def __init__(self, data: StageData, stage: Stage[PreparedT, BatchT]) -> None:
+        self._data, self._stage = data, stage
         self._slices: OrderedDict[int, _Slice[PreparedT]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def batch(self, rows: Rows) -> BatchT:
-        return self._stage.collate(self.samples(rows))
+        """The batch of the plan's `rows`, which number the training rows. Raises: InputError if one can't be used."""
+        return self._stage.collate(self.samples(self._data.train[rows]))
 
-    def samples(self, rows: Rows) -> list[PreparedT]:
-        """Prepared samples, in the order of `rows`."""
-        numbers = self._rows[rows]
+    def samples(self, numbers: Rows) -> list[PreparedT]:
+        """Prepared samples of any rows of the data, in the order of their `numbers`. Raises: as `batch`."""
+        with self._lock:
+            return self._read(numbers)
+
+    def _read(self, numbers: Rows) -> list[PreparedT]:
         slices = self._data.table.slices[numbers]
         needed = {int(number): self._slice(int(number)) for number in np.unique(slices)}
         places = self._data.places[numbers]

@@ -21,7 +21,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
@@ -479,7 +478,7 @@ def run_training(config: TrainConfig, run_id: str, ranks: Ranks, run: tracking.R
     if found is not None:
         checkpoint.load(found, stage.module, optimizer)
     meta = found.meta if found is not None else _first_meta(config, run_id, ranks, manifest, data, plan)
-    source: StageSource[Any, Any] = StageSource(data, stage, data.train)
+    source: StageSource[Any, Any] = StageSource(data, stage)
     batches = iterate(plan, source, config.num_steps, meta.step, ranks.rank, ranks.world_size)
     follower = _Follower(config, run, place)
     for record in training_steps(stage, batches, plan, optimizer, config, ranks):
@@ -497,9 +496,11 @@ def run_training(config: TrainConfig, run_id: str, ranks: Ranks, run: tracking.R
             continue
         follower.follow(record)
         if step % config.checkpoint_every == 0 or step == config.num_steps:
-            meta = meta.model_copy(update={"validation": _validate(stage, data, config), "loss_last": follower.loss})
+            meta = meta.model_copy(
+                update={"validation": _validate(stage, data, source, config), "loss_last": follower.loss}
+            )
             checkpoint.save(place, stage.module, optimizer, meta)
-            follower.show_validation(step, meta.validation, _draw(stage, data))
+            follower.show_validation(step, meta.validation, _draw(stage, data, source))
     cpu_seconds = torch.tensor([time.process_time()], dtype=torch.float64)
     ranks.sum_(cpu_seconds)
     if ranks.rank == 0:
@@ -528,13 +529,11 @@ def _first_meta(
 
 
 @torch.no_grad()
-def _validate(stage: AnyStage, data: StageData, config: TrainConfig) -> dict[str, float]:
+def _validate(stage: AnyStage, data: StageData, source: StageSource[Any, Any], config: TrainConfig) -> dict[str, float]:
     """Losses on held-out samples by part, with the same random numbers every time, beside the stage's baseline."""
-    numbers = np.arange(min(len(data.validation), config.validation_samples))
-    if not len(numbers):
+    held_out = source.samples(data.validation[: config.validation_samples])
+    if not held_out:
         return {}
-    source: StageSource[Any, Any] = StageSource(data, stage, data.validation)
-    held_out = source.samples(numbers)
     parts: dict[str, list[LossPart]] = {name: [] for name in stage.weights}
     stage.module.eval()
     for start in range(0, len(held_out), VALIDATION_BATCH):
@@ -547,16 +546,13 @@ def _validate(stage: AnyStage, data: StageData, config: TrainConfig) -> dict[str
         name: float(sum(float(part.sum) for part in found) / max(1, sum(part.count for part in found)))
         for name, found in parts.items()
     }
-    known: StageSource[Any, Any] = StageSource(data, stage, data.train)
-    seen = known.samples(np.arange(min(len(data.train), config.validation_samples)))
-    return means | stage.baseline(seen, held_out)
+    return means | stage.baseline(source.samples(data.train[: config.validation_samples]), held_out)
 
 
-def _draw(stage: AnyStage, data: StageData) -> Image.Image | None:
+def _draw(stage: AnyStage, data: StageData, source: StageSource[Any, Any]) -> Image.Image | None:
     """Targets beside predictions of the first held-out samples (of training samples, where none is held out)."""
     rows = data.validation if len(data.validation) else data.train
-    source: StageSource[Any, Any] = StageSource(data, stage, rows)
-    pairs = stage.pictures(source.samples(np.arange(min(len(rows), NUM_PICTURES))))
+    pairs = stage.pictures(source.samples(rows[:NUM_PICTURES]))
     if not pairs:
         return None
     return draw_sheet([Cell(pair, "") for pair in pairs], num_columns=4, title="target | decoded from its embedding")

@@ -84,15 +84,16 @@ def test_walk_finds_every_module() -> None:
         assert len(modules(package)) == len(files) + len(packages)
 
 
-@pytest.mark.parametrize("package", [nexusgen, pipelines, jobs], ids=lambda package: package.__name__)
-def test_importing_does_nothing(package: Any, tmp_path: Path) -> None:
-    seen = import_watched(modules(package), tmp_path)
+@pytest.mark.parametrize("packages", [(nexusgen,), (pipelines, jobs)], ids=["nexusgen", "the rest"])
+def test_importing_does_nothing(packages: Sequence[Any], tmp_path: Path) -> None:
+    seen = import_watched([name for package in packages for name in modules(package)], tmp_path)
     assert seen["environment"] == []
     assert seen["connections"] == []
     assert seen["processes"] == []
     assert seen["threads"] == []
-    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == []
-    if package is nexusgen:
+    # torch makes an empty folder for its compiler as soon as diffusers imports it.
+    assert [path for path in tmp_path.rglob("*") if not path.name.startswith("torchinductor_")] == []
+    if packages == (nexusgen,):
         assert {"ray", "mlflow", "fastapi"}.isdisjoint(seen["packages"])
 
 

@@ -9,7 +9,7 @@ from nexusgen.scoring import STRICT_OVERLAP, read_scene, score_answer, score_edi
 from nexusgen.shapes import Scene, Thing, draw
 
 
-@pytest.mark.parametrize(("noise", "size"), [(0, 64), (12, 64), (0, 128)])
+@pytest.mark.parametrize(("noise", "size"), [(0, 64), (12, 64), (0, 128), (12, 128)])
 def test_random_scenes_are_read_right(noise, size):
     rng = np.random.default_rng(5)
     for _ in range(200):
@@ -68,6 +68,17 @@ def test_each_category_looks_at_its_own():
     assert not fails("two", swap)
     assert fails("single", repaint)
     assert not fails("counting", repaint)
+
+
+@pytest.mark.parametrize("name", ["black", "grey", "brown"])
+def test_a_shape_in_no_colour_of_the_palette_is_no_shape(name, monkeypatch):
+    scene = Scene((Thing(4, "triangle", "green"),))
+    rgb = shapes.BACKGROUNDS[name][1]
+    monkeypatch.setattr(shapes, "COLOURS", {"green": ("", rgb)})
+    image = draw(scene)
+    monkeypatch.undo()
+    assert read_scene(image).scene() is None
+    assert not score_explicit(scene, image).colour_and_cell
 
 
 def test_explicit_scores_notice_every_detail():

@@ -1,4 +1,5 @@
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -6,8 +7,9 @@ import pytest
 from nexusgen import shapes
 from nexusgen.prompts import task_of, validate_messages
 from nexusgen.schema import TASKS
+from nexusgen.scoring import STRICT_OVERLAP, read_scene
 
-NUM_SAMPLES = 1500
+NUM_SAMPLES = 3000
 
 
 def held_out_words(lang):
@@ -37,12 +39,22 @@ def test_no_training_text_names_a_held_out_combination(samples):
         assert named == [], (sample.key, text)
 
 
-def test_no_training_prompt_pairs_held_out_shapes(samples):
-    for sample in samples["generation"]:
-        text = sample.messages[0].content
-        for pair in shapes.HELD_OUT_PAIRS:
-            names = [shapes.SHAPES[shape][0 if sample.lang == "en" else 2] for shape in pair]
-            assert not all(name in text for name in names), text
+def test_no_training_text_pairs_held_out_shapes(samples):
+    for sample in itertools.chain(*samples.values()):
+        # One turn at a time: "Is there a red circle?" - "no" may be asked of a picture whose cross is named elsewhere.
+        for text in (message.content for message in sample.messages):
+            for pair in shapes.HELD_OUT_PAIRS:
+                names = [shapes.SHAPES[shape][0 if sample.lang == "en" else 2] for shape in pair]
+                assert not all(name in text for name in names), text
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_no_training_picture_shows_a_held_out_combination(samples, task):
+    for sample in samples[task][:300]:
+        for image in sample.images:
+            scene = read_scene(image).scene(STRICT_OVERLAP)
+            assert scene is not None
+            assert not shapes.held_out(scene), sample.key
 
 
 def test_no_training_scene_shows_a_held_out_combination():
@@ -51,9 +63,7 @@ def test_no_training_scene_shows_a_held_out_combination():
     for lang in ("en", "zh"):
         for prompts in shapes.short_prompts(lang, is_held_out=False).values():
             assert not any(shapes.held_out(prompt.scene) for prompt in prompts)
-        for _ in range(300):
-            edit = shapes.sample_edit(rng, lang)
-            assert not shapes.held_out(edit.source) | shapes.held_out(edit.target)
+        assert not any(shapes.held_out_edit(shapes.sample_edit(rng, lang)) for _ in range(300))
 
 
 def test_the_bases_captions_and_questions_hold_none_either():
@@ -74,7 +84,7 @@ def test_every_evaluation_item_holds_a_held_out_combination():
     assert all(shapes.held_out(p.scene) for p in prompts)
     assert all(shapes.held_out(scene) for _, _, scene in shapes.explicit_prompts(50))
     assert all(shapes.held_out(q.scene) for q in shapes.evaluation_questions(50))
-    assert all(shapes.held_out(e.target) and not shapes.held_out(e.source) for e in shapes.evaluation_edits(30))
+    assert all(shapes.held_out_edit(edit) for edit in shapes.evaluation_edits(42))
 
 
 def test_held_out_share_is_small_enough_to_learn_every_word():
@@ -114,8 +124,10 @@ def test_yes_and_no_are_balanced():
 
 
 def test_edits_change_what_they_say():
-    edits = shapes.evaluation_edits(60)
-    assert {edit.kind for edit in edits} == set(shapes.EDIT_KINDS)
+    edits = shapes.evaluation_edits(56)
+    assert Counter((edit.kind, edit.lang) for edit in edits) == dict.fromkeys(
+        itertools.product(shapes.EDIT_KINDS, ("en", "zh")), 4
+    )
     assert all(edit.source != edit.target for edit in edits)
     for edit in edits:
         if edit.kind == "background":

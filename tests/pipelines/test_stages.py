@@ -29,7 +29,7 @@ def storage_uri(tmp_path_factory: pytest.TempPathFactory, model: Path) -> str:
 def open_stage(name: StageName, storage_uri: str, model: Path, validation_fraction: float = 0.2):
     data = open_data(storage_uri, ["tiny"], STAGES[name], read_manifest(model), validation_fraction)
     stage = build_stage(name, model, "uniform")
-    return stage, data, StageSource(data, stage, data.train)
+    return stage, data, StageSource(data, stage)
 
 
 def test_rows_are_found_once_and_split_by_key(storage_uri: str, model: Path) -> None:
@@ -92,8 +92,8 @@ def test_noise_depends_on_seed_step_and_sample_not_on_company(storage_uri: str, 
 
 
 def test_the_baseline_is_the_mean_of_training_targets(storage_uri: str, model: Path) -> None:
-    stage, _, source = open_stage("ar", storage_uri, model)
-    samples = source.samples(np.arange(30))
+    stage, data, source = open_stage("ar", storage_uri, model)
+    samples = source.samples(data.train[:30])
     values = stage.baseline(samples, samples)
     targets = torch.stack([sample.targets.float() for sample in samples if len(sample.targets)])
     wanted = targets.var(dim=0, unbiased=False).mean()
@@ -101,8 +101,8 @@ def test_the_baseline_is_the_mean_of_training_targets(storage_uri: str, model: P
 
 
 def test_pictures_show_target_and_prediction(storage_uri: str, model: Path) -> None:
-    stage, _, source = open_stage("generation_decoder", storage_uri, model)
-    ((target, prediction),) = stage.pictures(source.samples(np.arange(1)))
+    stage, data, source = open_stage("generation_decoder", storage_uri, model)
+    ((target, prediction),) = stage.pictures(source.samples(data.train[:1]))
     assert target.size == prediction.size == (64, 64)
 
 
@@ -136,4 +136,4 @@ def test_modes_that_do_not_match_are_refused(tmp_path: Path, model: Path) -> Non
     data = open_data(str(tmp_path), ["x"], STAGES["generation_decoder"], read_manifest(model), 0.0)
     stage = build_stage("generation_decoder", model, "uniform")
     with pytest.raises(InputError, match="keys"):
-        StageSource(data, stage, data.train).batch(np.arange(1))
+        StageSource(data, stage).batch(np.arange(1))

@@ -1,0 +1,356 @@
+"""The command line as a user meets it: exit codes, one clear line for every mistake, one JSON object with --json."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_training import make_tiny_model
+
+from jobs import cli, command
+from jobs.command import DEMO_CONFIGS, Outcome
+from nexusgen.comparison import Case
+from nexusgen.config import load_config
+from nexusgen.errors import ConfigError, GateError, InputError, ModelError, UsageError
+from nexusgen.model.weights import read_manifest
+from pipelines.embed import EmbedConfig
+from pipelines.evaluate import EvaluateConfig
+from pipelines.pack import PackConfig
+from pipelines.registry import RegisterConfig
+from pipelines.serve import ServeConfig
+from pipelines.train import TrainConfig
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model folder with random weights."""
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def nexusgen(capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run a command; gives exit code, standard output and standard error."""
+
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        code = cli.main([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+def refused(result: tuple[int, str, str]) -> str:
+    """The one line that a refused command printed, with its exit code in front."""
+    code, out, err = result
+    assert out == ""
+    assert "Traceback" not in err
+    line = err.splitlines()[-1]
+    assert line.startswith("nexusgen: error: ")
+    return f"{code} {line.removeprefix('nexusgen: error: ')}"
+
+
+# --- wrong usage ------------------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_command(nexusgen: Run) -> None:
+    code, out, _ = nexusgen("--help")
+    assert code == 0
+    assert all(one.NAME in out for one in cli.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["dance"], ["generate"], ["generate", "a star", "-o", "x.png", "--sede", "1"]]
+)
+def test_wrong_usage_is_2(nexusgen: Run, arguments: list[str]) -> None:
+    code, out, err = nexusgen(*arguments)
+    assert code == 2
+    assert out == ""
+    assert "usage: nexusgen" in err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--seed", "-1"), ("--steps", "0"), ("--size", "big"), ("--size", "64x"), ("--size", "x64")]
+)
+def test_options_out_of_range_are_2(nexusgen: Run, option: str, value: str) -> None:
+    code, _, err = nexusgen("generate", "a star", "-o", "x.png", option, value)
+    assert code == 2
+    assert option in err
+
+
+def test_misspelt_key_is_2_and_suggests_the_right_one(nexusgen: Run) -> None:
+    line = refused(nexusgen("train", DEMO_CONFIGS / "train_ar.yaml", "num_stepss=3"))
+    assert line.startswith("2 ")
+    assert "unknown key 'num_stepss'; did you mean 'num_steps'?" in line
+
+
+def test_misspelt_key_of_a_roads_job(nexusgen: Run) -> None:
+    line = refused(nexusgen("road", DEMO_CONFIGS / "road.yaml", "train_ar.num_stepss=3"))
+    assert line.startswith("2 ")
+    assert "'train_ar.num_stepss'; did you mean 'num_steps'?" in line
+
+
+def test_misspelt_job_of_a_road(nexusgen: Run) -> None:
+    assert "did you mean 'train_ar'?" in refused(nexusgen("road", DEMO_CONFIGS / "road.yaml", "trainar.num_steps=3"))
+
+
+def test_wrong_value_is_2(nexusgen: Run) -> None:
+    line = refused(nexusgen("train", DEMO_CONFIGS / "train_ar.yaml", "num_steps=many"))
+    assert line.startswith("2 ")
+    assert "num_steps = 'many'" in line
+
+
+def test_missing_config_is_2(nexusgen: Run, tmp_path: Path) -> None:
+    assert refused(nexusgen("pack", tmp_path / "absent.yaml")).startswith("2 cannot read the config")
+
+
+def test_overrides_may_follow_options(nexusgen: Run, storage: Path) -> None:
+    code, out, _ = nexusgen("pack", DEMO_CONFIGS / "pack.yaml", "--json", f"storage={storage}", "counts={editing: 2}")
+    assert code == 0
+    assert json.loads(out)["samples"] == 2
+
+
+# --- what isn't there, or can't be written ----------------------------------------------------------------------------
+
+
+def test_missing_input(nexusgen: Run, storage: Path, model: Path) -> None:
+    settings = [f"storage={storage}", f"model={model}", f"input={storage}/absent.tar"]
+    line = refused(nexusgen("embed", DEMO_CONFIGS / "embed_vision.yaml", *settings))
+    assert line[0] in "12"
+    assert "absent.tar" in line
+
+
+def test_unwritable_storage(nexusgen: Run) -> None:
+    assert "/proc/none" in refused(nexusgen("pack", DEMO_CONFIGS / "pack.yaml", "storage=/proc/none"))
+    assert "/proc/none" in refused(nexusgen("demo", "--out", "/proc/none"))
+
+
+@pytest.mark.parametrize("out", ["/proc/x.png", "absent/x.png", "folder.png"])
+def test_unwritable_picture_is_refused_before_the_model_is_looked_for(nexusgen: Run, tmp_path: Path, out: str) -> None:
+    (tmp_path / "folder.png").mkdir()
+    line = refused(nexusgen("generate", "a star", "-o", tmp_path / out, "--model", tmp_path / "no model"))
+    assert line.startswith("1 ")
+    assert str(Path(out).parent) in line or out in line
+    assert "no model" not in line
+
+
+def test_unknown_picture_format_is_2(nexusgen: Run, tmp_path: Path) -> None:
+    assert ".png" in refused(nexusgen("generate", "a star", "-o", tmp_path / "x.doc"))
+
+
+def test_folder_that_is_no_model(nexusgen: Run, tmp_path: Path) -> None:
+    line = refused(nexusgen("generate", "a star", "-o", tmp_path / "x.png", "--model", tmp_path))
+    assert line == f"1 {tmp_path} is not a model folder: it holds no nexusgen.json"
+    line = refused(nexusgen("serve", DEMO_CONFIGS / "serve.yaml", f"storage={tmp_path}", f"model={tmp_path}"))
+    assert "is not a model folder" in line
+
+
+def test_no_registered_model_says_how_to_get_one(
+    nexusgen: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    line = refused(nexusgen("generate", "a star", "-o", tmp_path / "x.png", "--storage", tmp_path / "none"))
+    assert "nexusgen demo" in line
+    assert not (tmp_path / "none").exists()
+
+
+def test_promote_without_a_model(nexusgen: Run, storage: Path) -> None:
+    assert "run register first" in refused(nexusgen("promote", "1", "--storage", storage))
+
+
+def test_too_few_cpus_are_refused_with_the_numbers(nexusgen: Run, storage: Path, model: Path) -> None:
+    settings = [f"storage={storage}", f"model={model}", "embed_vision.num_encoders=500"]
+    line = refused(nexusgen("road", DEMO_CONFIGS / "road.yaml", *settings))
+    assert line.startswith("1 the road needs 501 CPUs, but only ")
+    assert list(storage.iterdir()) == []  # nothing was started
+
+
+# --- pictures and answers ---------------------------------------------------------------------------------------------
+
+
+def test_generate_writes_the_picture_of_a_seed(nexusgen: Run, model: Path, tmp_path: Path) -> None:
+    pictures = []
+    for name, seed in (("a.png", 3), ("b.png", 3), ("c.png", 4)):
+        code, out, _ = nexusgen(
+            "generate", "一个红色的圆形", "-o", tmp_path / name, "--model", model, "--seed", seed, "--json"
+        )
+        assert code == 0
+        data = json.loads(out)
+        assert data["seed"] == seed
+        assert data["size"] == [64, 64]
+        assert data["fingerprint"] == read_manifest(model).fingerprint
+        pictures.append(np.asarray(Image.open(tmp_path / name)))
+    assert np.array_equal(pictures[0], pictures[1])
+    assert not np.array_equal(pictures[0], pictures[2])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "c.png"]
+
+
+def test_size_and_steps_of_a_picture(nexusgen: Run, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.png"
+    code, text, _ = nexusgen("generate", "a star", "-o", out, "--model", model, "--size", "32x80", "--steps", 1)
+    assert code == 0
+    assert "32x80" in text
+    assert Image.open(out).size == (80, 32)
+
+
+def test_size_that_the_model_cannot_draw(nexusgen: Run, model: Path, tmp_path: Path) -> None:
+    line = refused(nexusgen("generate", "a star", "-o", tmp_path / "x.png", "--model", model, "--size", "50"))
+    assert "multiples of 16" in line
+
+
+def test_huge_prompt(nexusgen: Run, model: Path, tmp_path: Path) -> None:
+    line = refused(nexusgen("generate", "x" * 100_000, "-o", tmp_path / "x.png", "--model", model))
+    assert line.startswith("1 ")
+    assert "100000" in line.replace(",", "")
+    assert len(line) < 500
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_describe_answers(nexusgen: Run, model: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (70, 90), "red").save(tmp_path / "x.png")
+    code, out, _ = nexusgen("describe", tmp_path / "x.png", "-q", "What?", "--model", model, "--json")
+    assert code == 0
+    data = json.loads(out)
+    assert data["question"] == "What?"
+    assert isinstance(data["answer"], str)
+
+
+def test_describe_needs_a_picture(nexusgen: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_text("no picture")
+    assert "image_undecodable" in refused(nexusgen("describe", tmp_path / "x.png", "--model", model))
+    assert "absent.png" in refused(nexusgen("describe", tmp_path / "absent.png", "--model", model))
+
+
+def test_a_picture_needs_no_ray(model: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom jobs import cli\n"
+        f"code = cli.main(['generate', 'a star', '-o', {str(tmp_path / 'x.png')!r}, '--model', {str(model)!r}])\n"
+        "sys.exit(code or 'ray' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == f"generate: model {model}\n"  # and no library says anything
+
+
+# --- the other commands -----------------------------------------------------------------------------------------------
+
+
+def test_inspect_counts_and_reports(nexusgen: Run, storage: Path) -> None:
+    counts = "counts={editing: 2, generation: 3}"
+    assert nexusgen("pack", DEMO_CONFIGS / "pack.yaml", f"storage={storage}", counts)[0] == 0
+    code, out, _ = nexusgen("inspect", storage / "tars" / "demo", "--json", "--report", storage / "report")
+    assert code == 0
+    found = json.loads(out)
+    assert found["by_task"] == {"understanding": 0, "generation": 3, "editing": 2}
+    assert found["quarantined"] == []
+    assert json.loads((storage / "report" / "inspect.json").read_text("utf-8")) == found
+    assert "editing 2" in (storage / "report" / "inspect.txt").read_text("utf-8")
+    assert "generation 3" in nexusgen("inspect", storage / "tars" / "demo")[1]
+
+
+def test_verify_fails_on_a_difference(nexusgen: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = [Case("good", 1e-8, 1e-7, 2e-6, True), Case("bad", float("nan"), float("nan"), 2e-6, False)]
+    monkeypatch.setattr("nexusgen.verify.verify", lambda folder: iter(cases))
+    code, out, _ = nexusgen("verify", tmp_path)
+    assert code == 1
+    assert "1 of 2 tensors agree" in out
+    assert "FAILED: bad" in out
+    code, out, err = nexusgen("verify", tmp_path, "--json")
+    assert code == 1
+    data = json.loads(out)
+    assert not data["passed"]
+    assert data["cases"][1] == {"name": "bad", "max_abs": None, "max_rel": None, "tolerance": 2e-6, "passed": False}
+    assert "FAIL" in err
+
+
+def test_verify_needs_a_golden_set(nexusgen: Run, tmp_path: Path) -> None:
+    assert "no golden set" in refused(nexusgen("verify", tmp_path))
+
+
+def test_make_base_keeps_what_is_there(nexusgen: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine").touch()
+    assert "is not empty" in refused(nexusgen("make-base", "--out", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "config"),
+    [
+        ("pack", PackConfig),
+        ("embed_vision", EmbedConfig),
+        ("embed_latents", EmbedConfig),
+        ("train_ar", TrainConfig),
+        ("train_generation_decoder", TrainConfig),
+        ("register", RegisterConfig),
+        ("evaluate", EvaluateConfig),
+        ("serve", ServeConfig),
+    ],
+)
+def test_shipped_configs_are_valid(file: str, config: type[Any]) -> None:
+    loaded = load_config(config, DEMO_CONFIGS / f"{file}.yaml")
+    assert (loaded.storage, loaded.name) == (command.DEFAULT_STORAGE, "demo")
+
+
+# --- errors -> exit codes ---------------------------------------------------------------------------------------------
+
+
+def execute(work: Callable[[], Outcome], json_: bool = False) -> int:
+    return command.execute(argparse.Namespace(run=lambda _: work(), json=json_))
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (UsageError("x"), 2),
+        (ConfigError("x"), 2),
+        (InputError("x"), 1),
+        (ModelError("x"), 1),
+        (GateError("x"), 1),
+        (PermissionError(13, "Permission denied", "x"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_errors_have_exit_codes(error: BaseException, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> Outcome:
+        raise error
+
+    assert execute(work) == code
+    assert capsys.readouterr().err.startswith("nexusgen: error: ")
+
+
+def test_errors_of_many_lines_become_one(capsys: pytest.CaptureFixture[str]) -> None:
+    def work() -> Outcome:
+        raise InputError("first\n   second\nthird")
+
+    assert execute(work) == 1
+    assert capsys.readouterr().err == "nexusgen: error: first second third\n"
+
+
+def test_bugs_are_not_hidden() -> None:
+    def work() -> Outcome:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        execute(work)
+
+
+def test_json_is_alone_on_standard_output(capfd: pytest.CaptureFixture[str]) -> None:
+    def work() -> Outcome:
+        print("chatter")
+        os.write(1, b"chatter of a library\n")
+        subprocess.run(["echo", "chatter of a child"], check=True)
+        return Outcome("text", {"a": [1, float("nan")], "path": Path("x")})
+
+    assert execute(work, json_=True) == 0
+    captured = capfd.readouterr()
+    assert json.loads(captured.out) == {"a": [1, None], "path": "x"}
+    assert captured.err.count("chatter") == 3
