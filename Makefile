@@ -37,11 +37,12 @@ install:
 	supported() { "$$1" -c '$(IS_SUPPORTED)' 2>/dev/null; }; \
 	in_place() { case "$$($(VENV)/bin/pip --version 2>/dev/null)" in *"$$(pwd)/$(VENV)/"*) true;; *) false;; esac; }; \
 	fill() { \
-		$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt --upgrade pip setuptools && \
+		$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt pip setuptools && \
 		$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]' && \
 		$(VENV)/bin/nexusgen --help >/dev/null; \
 	}; \
-	if [ "$$(cat $(VENV)/.installed 2>/dev/null)" = '$(STATE)' ] && supported $(VENV)/bin/python; then exit 0; fi; \
+	works() { $(VENV)/bin/nexusgen --help >/dev/null 2>&1; }; \
+	if [ "$$(cat $(VENV)/.installed 2>/dev/null)" = '$(STATE)' ] && works; then exit 0; fi; \
 	rm -f $(VENV)/.installed; \
 	echo 'Installing what constraints.txt says into $(VENV): some minutes, once' >&2; \
 	if ! { supported $(VENV)/bin/python && in_place && fill; }; then \
@@ -51,7 +52,13 @@ install:
 			echo 'No Python 3.11 or 3.12 among: $(PYTHON). Install one, or name it: make PYTHON=/path/to/python3.11' >&2; \
 			exit 1; \
 		fi; \
-		"$$found" -m venv --clear $(VENV); \
-		fill; \
+		rm -rf $(VENV).old; \
+		if [ -e $(VENV) ]; then mv $(VENV) $(VENV).old; fi; \
+		if ! { "$$found" -m venv $(VENV) && fill; }; then \
+			if [ -e $(VENV).old ]; then rm -rf $(VENV); mv $(VENV).old $(VENV); fi; \
+			echo 'The installation failed, see above; is the package index reachable?' >&2; \
+			exit 1; \
+		fi; \
+		rm -rf $(VENV).old; \
 	fi; \
 	echo '$(STATE)' > $(VENV)/.installed

@@ -247,7 +247,9 @@ def predict_embeddings(model: Model, prompts: Sequence[str]) -> Float[Tensor, "p
             raise InputError("the prompt is empty; say what to draw")
         message = Message("user", prompt.replace(IMAGE_MARK, " "))
         requests.append(Prompt(encode_prompt(tokenizer, [message], []), nothing))
-    replies = generate_replies(autoregressive, requests, needs_image=True)
+    # Nothing is wanted after the image; a model that has not learned to stop would write on to the limit.
+    room = MAX_TEXT_BEFORE_IMAGE + 1 + autoregressive.geometry.num_target_tokens
+    replies = generate_replies(autoregressive, requests, needs_image=True, max_new_tokens=room)
     return torch.stack([reply.images[0] for reply in replies])
 
 

@@ -133,7 +133,7 @@ def url(ray_cluster: Any, model: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 def post(url: str, **body: Any) -> httpx.Response:
-    return httpx.post(f"{url}/v1/images/generations", json=body, timeout=60)
+    return httpx.post(f"{url}/v1/images/generations", json=body, timeout=200)
 
 
 def picture_of(response: httpx.Response, index: int = 0) -> Image.Image:
@@ -168,8 +168,8 @@ def test_errors_arrive_in_openais_shape(url: str) -> None:
 
 
 def test_overload_is_shed_and_the_rest_served(url: str) -> None:
-    with ThreadPoolExecutor(40) as pool:
-        calls = [pool.submit(post, url, prompt="a blue square", seed=seed, steps=20) for seed in range(40)]
+    with ThreadPoolExecutor(32) as pool:
+        calls = [pool.submit(post, url, prompt="a blue square", seed=seed, steps=4) for seed in range(32)]
         responses = [call.result() for call in calls]
     statuses = {response.status_code for response in responses}
     assert statuses <= {200, 429}
