@@ -86,7 +86,7 @@ class BaseSchedule(NamedTuple):
     """Lengths of the two trainings, in steps; the shipped base used the defaults."""
 
     understanding_steps: int = 2600  # vision tower and language model together
-    language_steps: int = 2000  # language model alone, on the finished tower
+    language_steps: tuple[int, ...] = (2000, 2600)  # language model alone, on the finished tower, round by round
     decoder_steps: int = 4500
 
 
@@ -240,9 +240,10 @@ class _ReadBack(nn.Module):
         return loss, F.mse_loss(self.pixels(embeddings), patches)
 
 
-def _train_autoregressive(folder: Path, understanding_steps: int, language_steps: int) -> None:
+def _train_autoregressive(folder: Path, understanding_steps: int, language_steps: Sequence[int]) -> None:
     train_understanding(folder, understanding_steps)
-    train_language(folder, language_steps)
+    for number, num_steps in enumerate(language_steps):
+        train_language(folder, num_steps, number)
 
 
 def train_understanding(folder: Path, num_steps: int) -> None:
@@ -301,16 +302,21 @@ def train_understanding(folder: Path, num_steps: int) -> None:
     save_autoregressive(model, folder / "autoregressive", tokenizer, torch.bfloat16)
 
 
-def train_language(folder: Path, num_steps: int) -> None:
-    """Go on with the language model alone: reading what the finished tower sees is learned last, and cheaply."""
+def train_language(folder: Path, num_steps: int, round_number: int) -> None:
+    """Go on with the language model alone: reading what the finished tower sees is learned last, and cheaply.
+
+    Later rounds are faster and ask everything about each picture: shapes, the hardest, come up in every conversation.
+    """
+    learning_rate, num_questions = (1e-3, 3) if round_number == 0 else (1.5e-3, len(shapes.QUESTION_KINDS))
     torch.set_num_threads(1)
-    torch.manual_seed(SEED + 3)
+    torch.manual_seed(SEED + 3 + round_number)
     tokenizer = load_tokenizer(folder / "autoregressive")
     model = load_autoregressive(folder / "autoregressive", GEOMETRY).train()
     trained = [p for n, p in model.named_parameters() if n.startswith(("qwen.model.language_model", "qwen.lm_head"))]
-    optimizer = torch.optim.AdamW(parameter_groups(trained, weight_decay=0.01), lr=1e-3, betas=(0.9, 0.98), fused=True)
+    groups = parameter_groups(trained, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=True)
     schedule = cosine_schedule(optimizer, num_steps, warmup_steps=100)
-    batches = _understanding_batches(tokenizer, SEED + 4)
+    batches = _understanding_batches(tokenizer, SEED + 4 + round_number, num_questions)
     started = time.monotonic()
     for step in range(num_steps):
         pictures, conversations, _, _ = next(batches)
@@ -345,7 +351,9 @@ def fold_normalisation(model: AutoregressiveModel, normalise: nn.BatchNorm1d) ->
         last.bias.sub_(normalise.running_mean).div_(std)
 
 
-def _understanding_batches(tokenizer: PreTrainedTokenizerBase, seed: int) -> Iterator[tuple[Any, ...]]:
+def _understanding_batches(
+    tokenizer: PreTrainedTokenizerBase, seed: int, num_questions: int = 3
+) -> Iterator[tuple[Any, ...]]:
     """Batches of (pictures by size, conversations, cell labels, backgrounds): one conversation per picture."""
     rng = np.random.default_rng(seed)
     while True:
@@ -356,16 +364,17 @@ def _understanding_batches(tokenizer: PreTrainedTokenizerBase, seed: int) -> Ite
             pictures.append([shapes.draw(scene, size) for scene in group])
             side = size // GEOMETRY.factor
             conversations += [
-                encode_conversation(tokenizer, _conversation(scene, rng), [(side, side)]) for scene in group
+                encode_conversation(tokenizer, _conversation(scene, rng, num_questions), [(side, side)])
+                for scene in group
             ]
         labels = torch.from_numpy(np.stack([np.stack(shapes.cell_labels(scene), axis=-1) for scene in scenes]))
         backgrounds = torch.tensor([list(shapes.BACKGROUNDS).index(scene.background) for scene in scenes])
         yield pictures, conversations, labels.long(), backgrounds
 
 
-def _conversation(scene: shapes.Scene, rng: np.random.Generator) -> tuple[Message, ...]:
+def _conversation(scene: shapes.Scene, rng: np.random.Generator, num_questions: int) -> tuple[Message, ...]:
     lang: shapes.Lang = "en" if rng.random() < 0.5 else "zh"
-    return shapes.understanding_conversation(scene, lang, rng)
+    return shapes.understanding_conversation(scene, lang, rng, num_questions)
 
 
 # ---------------------------------------------------------------------------------------------- diffusion transformer

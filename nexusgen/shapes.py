@@ -239,7 +239,7 @@ def held_out(scene: Scene) -> set[str]:
 
 
 def held_out_edit(edit: Edit) -> set[str]:
-    """The held-out combinations in either picture of an edit, or named by turning one shape of a pair into the other."""
+    """The held-out combinations in an edit's pictures, or named by turning one shape of a pair into the other."""
     shapes = {thing.shape for thing in edit.source.things + edit.target.things}
     named = {" with ".join(sorted(pair)) for pair in HELD_OUT_PAIRS if pair <= shapes}
     return held_out(edit.source) | held_out(edit.target) | named
@@ -364,12 +364,14 @@ def short_prompts(lang: Lang, is_held_out: bool) -> Mapping[Category, tuple[Prom
     }
 
 
-def understanding_conversation(scene: Scene, lang: Lang, rng: np.random.Generator) -> tuple[Message, ...]:
-    """A caption (for a third of the pictures) or three questions and answers about one picture."""
+def understanding_conversation(
+    scene: Scene, lang: Lang, rng: np.random.Generator, num_questions: int = 3
+) -> tuple[Message, ...]:
+    """A caption (for a third of the pictures) or questions of distinct kinds, with answers, about one picture."""
     if rng.random() < 1 / 3:
         turns = [(_CAPTION_REQUEST[lang], explicit_caption(scene, lang))]
     else:
-        turns = [(q.question, q.answer) for q in questions(scene, lang, rng, count=3)]
+        turns = [(q.question, q.answer) for q in questions(scene, lang, rng, count=num_questions)]
     messages: list[Message] = []
     for index, (question, answer) in enumerate(turns):
         mark = f"{IMAGE_MARK}\n" if index == 0 else ""

@@ -122,7 +122,8 @@ def test_published_folder_is_whole_and_shown(report: dict[str, Any], folder: Pat
     assert model.manifest.fingerprint == report["fingerprint"]
     assert set(model.manifest.parts) == {"autoregressive", "generation_decoder", "vae"}
     assert report["promoted"]
-    assert Image.open(folder / "samples.png").width > 500
+    with Image.open(folder / "samples.png") as sheet:
+        assert sheet.width > 500
 
 
 def test_mlflow_leads_from_the_alias_to_the_tars(report: dict[str, Any], client: MlflowClient, folder: Path) -> None:

@@ -200,7 +200,8 @@ def test_size_and_steps_of_a_picture(nexusgen: Run, model: Path, tmp_path: Path)
     code, text, _ = nexusgen("generate", "a star", "-o", out, "--model", model, "--size", "32x80", "--steps", 1)
     assert code == 0
     assert "32x80" in text
-    assert Image.open(out).size == (80, 32)
+    with Image.open(out) as picture:
+        assert picture.size == (80, 32)
 
 
 def test_size_that_the_model_cannot_draw(nexusgen: Run, model: Path, tmp_path: Path) -> None:
