@@ -86,7 +86,7 @@ class BaseSchedule(NamedTuple):
     """Lengths of the two trainings, in steps; the shipped base used the defaults."""
 
     understanding_steps: int = 2600  # vision tower and language model together
-    language_steps: tuple[int, ...] = (2000, 2600)  # language model alone, on the finished tower, round by round
+    language_steps: tuple[int, ...] = (2000, 1200)  # language model alone, on the finished tower, round by round
     decoder_steps: int = 4500
 
 
