@@ -563,10 +563,15 @@ def explicit_prompts(count: int, seed: int = 0) -> list[tuple[str, Lang, Scene]]
 
 
 def evaluation_questions(count: int, seed: int = 0) -> list[Question]:
-    """Questions about scenes with a held-out combination, kinds and languages in equal parts."""
+    """Questions about fresh scenes, every second one with a held-out combination; kinds and languages in equal parts."""
     rng = np.random.default_rng([seed, 103])
-    kinds = itertools.cycle(QUESTION_KINDS)
-    return [ask(_held_out_scene(rng), next(kinds), _lang(index // len(QUESTION_KINDS)), rng) for index in range(count)]
+    asked = []
+    for index in range(count):
+        scene = _held_out_scene(rng) if index % 2 else sample_scene(rng)
+        number = index // 2
+        kind = QUESTION_KINDS[number % len(QUESTION_KINDS)]
+        asked.append(ask(scene, kind, _lang(number // len(QUESTION_KINDS)), rng))
+    return asked
 
 
 def majority_score(asked: Sequence[Question]) -> float:

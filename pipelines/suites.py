@@ -190,8 +190,14 @@ class DemoWorldSuite(Config):
         scores: dict[str, Any] = {"n": len(rows), "generation": generation}
         if answered:
             asked = shapes.evaluation_questions(self.num_questions, self.seed)
-            right = _mean(row["score"] for row in answered)
-            scores["understanding"] = {"overall": right, "majority": shapes.majority_score(asked)}
+            pairs = list(zip(answered, asked, strict=True))
+            scores["understanding"] = {
+                "overall": _mean(row["score"] for row in answered),
+                "majority": shapes.majority_score(asked),
+            }
+            held_out = [row["score"] for row, question in pairs if shapes.held_out(question.scene)]
+            if held_out:
+                scores["understanding"]["held_out"] = _mean(held_out)
         first, last = self.seed, self.seed + self.num_pictures - 1
         sheets = {
             "samples": (drawn[: self.num_pictures], f"short prompts, unpicked: seeds {first} to {last}"),

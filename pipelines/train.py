@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -258,8 +259,12 @@ def _fit(config: TrainConfig, run_id: str, place: str) -> None:
         run_config=RunConfig(name=f"{config.stage}-{uuid.uuid4().hex[:8]}", storage_path=scratch),
         torch_config=TorchConfig(backend="gloo"),
     )
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
+    except SystemExit:  # how Ray's own handler of SIGINT, which aborts the workers, ends the driver
+        raise KeyboardInterrupt from None
     except WorkerGroupError as error:
         for failure in error.worker_failures.values():
             cause = getattr(failure, "_base_exc", failure)  # Ray wraps what a worker raised together with its traceback
@@ -267,6 +272,8 @@ def _fit(config: TrainConfig, run_id: str, place: str) -> None:
                 raise cause from None
         raise
     finally:
+        if is_main_thread and on_interrupt is not None:
+            signal.signal(signal.SIGINT, on_interrupt)  # Ray leaves its handler behind
         if not storage.is_remote(scratch):
             shutil.rmtree(storage.local_path(scratch), ignore_errors=True)
 
