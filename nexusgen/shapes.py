@@ -563,7 +563,7 @@ def explicit_prompts(count: int, seed: int = 0) -> list[tuple[str, Lang, Scene]]
 
 
 def evaluation_questions(count: int, seed: int = 0) -> list[Question]:
-    """Questions about fresh scenes, every second one with a held-out combination; kinds and languages in equal parts."""
+    """Questions about fresh scenes, every second with a held-out combination; kinds and languages in equal parts."""
     rng = np.random.default_rng([seed, 103])
     asked = []
     for index in range(count):
