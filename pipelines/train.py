@@ -264,7 +264,9 @@ def _fit(config: TrainConfig, run_id: str, place: str) -> None:
     try:
         trainer.fit()
     except SystemExit:  # how Ray's own handler of SIGINT, which aborts the workers, ends the driver
-        raise KeyboardInterrupt from None
+        if is_main_thread:
+            raise KeyboardInterrupt from None
+        raise  # Ray went down under this thread; the main thread knows why
     except WorkerGroupError as error:
         for failure in error.worker_failures.values():
             cause = getattr(failure, "_base_exc", failure)  # Ray wraps what a worker raised together with its traceback
