@@ -103,7 +103,7 @@ def load_road(path: Path, overrides: Sequence[str] = ()) -> RoadConfig:
     values = read_values(path, overrides)
     shared = {"model": registry.DEMO_BASE, "input": None, **values}
     if "storage" in shared:
-        shared["storage"] = _absolute(str(shared["storage"]))  # workers have another working directory
+        shared["storage"] = storage.absolute(str(shared["storage"]))  # workers have another working directory
         values["storage"] = shared["storage"]
         if shared["input"] is None and "name" in shared:
             shared["input"] = storage.join(shared["storage"], "tars", str(shared["name"]))
@@ -241,10 +241,6 @@ def _copy_samples(config: RoadConfig, fingerprint: str) -> str:
     if storage.exists(sheet):
         storage.write_bytes_atomic(target, storage.read_bytes(sheet))
     return target
-
-
-def _absolute(uri: str) -> str:
-    return uri if storage.is_remote(uri) else str(storage.local_path(uri))
 
 
 def _say(text: str) -> None:

@@ -54,7 +54,7 @@ GEOMETRY = Geometry(
 IMAGE_SIZE = (64, 64)
 PICTURES_PER_STEP = {GEOMETRY.target_size: 16, GEOMETRY.reference_size: 8}  # a large one costs four small ones
 HIDDEN_SIZE = 128
-LATENT_CHANNELS = 32  # at 1/8 of the image's side; 128 numbers per 16-pixel patch
+LATENT_CHANNELS = 24  # at 1/8 of the image's side; 96 numbers per 16-pixel patch
 POOLED_SIZE = 64
 VOCABULARY_SIZE = 768
 SCHEDULER_SHIFT = 1.0  # pictures of 16 tokens: nothing is gained by dwelling on noise, as 1,024 tokens need
@@ -87,7 +87,7 @@ class BaseSchedule(NamedTuple):
 
     understanding_steps: int = 2600  # vision tower and language model together
     language_steps: tuple[int, ...] = (2000, 1200)  # language model alone, on the finished tower, round by round
-    decoder_steps: int = 4500
+    decoder_steps: int = 3500
 
 
 def make_base(out: Path, schedule: BaseSchedule | None = None) -> None:
@@ -381,7 +381,7 @@ def _conversation(scene: shapes.Scene, rng: np.random.Generator, num_questions: 
 
 
 def tiny_decoder_config() -> DecoderConfig:
-    """The demo's conditioner and FLUX sizes: 1 double and 3 single blocks of 128, about 1.5 M parameters."""
+    """The demo's conditioner and FLUX sizes: 1 double and 3 single blocks of 160, about 2.4 M parameters."""
     return DecoderConfig(
         conditioner="generation",
         embedding_dim=HIDDEN_SIZE,
@@ -396,12 +396,12 @@ TRANSFORMER_SIZES: dict[str, Any] = {
     "in_channels": 4 * LATENT_CHANNELS,
     "num_layers": 1,
     "num_single_layers": 3,
-    "attention_head_dim": 32,
+    "attention_head_dim": 40,
     "num_attention_heads": 4,
     "joint_attention_dim": HIDDEN_SIZE,
     "pooled_projection_dim": POOLED_SIZE,
     "guidance_embeds": True,
-    "axes_dims_rope": (8, 12, 12),
+    "axes_dims_rope": (8, 16, 16),
 }
 
 

@@ -60,6 +60,10 @@ def validate_messages(messages: Sequence[Message], num_images: int) -> None:
     turns = [m for m in messages if m.role != "system"]
     if len(messages) - len(turns) > 1 or (len(turns) != len(messages) and messages[0].role != "system"):
         raise SampleError("messages_invalid", "a system message may only stand first")
+    if len(turns) != len(messages) and IMAGE_MARK in messages[0].content:
+        raise SampleError(
+            "messages_invalid", f"the system message holds {IMAGE_MARK}; only user and assistant say images"
+        )
     if not turns:
         raise SampleError("messages_invalid", "no messages")
     for index, message in enumerate(turns):

@@ -29,6 +29,7 @@ TASKS: tuple[Task, ...] = ("understanding", "generation", "editing")
 EmbedMode = Literal["vision", "latents", "predicted"]
 VISION_ROLES = ("input", "target", "crop", "reference")
 IMAGE_MARK = "<image>"
+MANIFEST_NAME = "nexusgen.json"  # of a model folder; who finds it finds a whole model
 
 REASON_CODES = {
     "tar_not_a_tar": "the shard is neither a plain nor a gzip-compressed tar",

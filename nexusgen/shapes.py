@@ -365,7 +365,7 @@ def short_prompts(lang: Lang, is_held_out: bool) -> Mapping[Category, tuple[Prom
 
 
 def understanding_conversation(
-    scene: Scene, lang: Lang, rng: np.random.Generator, num_questions: int = 3
+    scene: Scene, lang: Lang, rng: np.random.Generator, num_questions: int = 2
 ) -> tuple[Message, ...]:
     """A caption (for a third of the pictures) or questions of distinct kinds, with answers, about one picture."""
     if rng.random() < 1 / 3:

@@ -19,6 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +37,7 @@ from nexusgen.schema import QUARANTINE_SCHEMA, QuarantineRow, Sample
 from pipelines import embedded, storage, tracking
 from pipelines.embedded import EmbeddedManifest, ShardInfo, SliceInfo
 from pipelines.encoders import Encoder, LatentEncoder, VisionEncoder, encode_slice
-from pipelines.registry import resolve_model
+from pipelines.registry import pin_model, resolve_model
 from pipelines.runtime import CpuMeter, JobReport, ray_cluster
 from pipelines.shards import ReadOptions, ShardReader, list_shards, stem_of
 
@@ -120,6 +121,8 @@ def embed(config: EmbedConfig, parent_run_id: str | None = None) -> JobReport:
     """
     with CpuMeter() as meter:
         shards = list_shards(config.input)
+        pinned = pin_model(config.model, config.storage)
+        config = config.model_copy(update={"storage": storage.absolute(config.storage), "model": pinned})
         model = resolve_model(config.model, config.storage)
         manifest = read_manifest(model)
         folder = embedded.folder_of(config.storage, config.name, config.mode)
@@ -133,19 +136,22 @@ def embed(config: EmbedConfig, parent_run_id: str | None = None) -> JobReport:
             done = embedded.read_manifest(config.storage, config.name, config.mode)
             tally = _Tally(config, [entry for record in records.values() for entry in record["slices"]])
             return _report(meter, folder, done, tally, reused=True)
-        with tracking.job_run(
-            config.storage,
-            config.name,
-            "embed",
-            dump_config(config),
-            parent=parent_run_id,
-            tags={tracking.TAG_FINGERPRINT: plan.fingerprint},
-        ) as run:
+        todo = [shard for shard in shards if shard not in records]
+        with (
+            _cluster(config, todo),  # refuses before anything is begun
+            tracking.job_run(
+                config.storage,
+                config.name,
+                "embed",
+                dump_config(config),
+                parent=parent_run_id,
+                tags={tracking.TAG_FINGERPRINT: plan.fingerprint},
+            ) as run,
+        ):
             run.set_tags({"mlflow.runName": f"embed {config.mode}"})
             storage.delete(storage.join(folder, embedded.MANIFEST_NAME))  # until all of it agrees again
             tally = _Tally(config, [entry for record in records.values() for entry in record["slices"]])
             try:
-                todo = [shard for shard in shards if shard not in records]
                 if todo:
                     records |= _run_ray(plan, todo, tally, run)
                 tally.check(is_final=True)
@@ -245,30 +251,36 @@ def _write_json(uri: str, value: dict[str, Any]) -> None:
 # ---- the pipeline ---------------------------------------------------------------------------------------------------
 
 
+def _cluster(config: EmbedConfig, shards: Sequence[str]) -> AbstractContextManager[Any]:
+    """Ray with as many free CPUs as embedding these shards takes; nothing where there are none to embed."""
+    if not shards:
+        return nullcontext()
+    num_readers = min(config.num_readers, len(shards))
+    num_cpus = num_readers * READER_CPUS + config.num_encoders * ENCODER_CPUS
+    return ray_cluster(num_cpus, f"embed with {num_readers} readers and {config.num_encoders} encoders")
+
+
 def _run_ray(plan: _Plan, shards: Sequence[str], tally: _Tally, run: tracking.Run) -> dict[str, dict[str, Any]]:
     """Read and encode shards; gives the records of those that were read whole."""
     config = plan.config
     num_readers = min(config.num_readers, len(shards))
-    num_cpus = num_readers * READER_CPUS + config.num_encoders * ENCODER_CPUS
-    why = f"embed with {num_readers} readers and {config.num_encoders} encoders"
     entries: dict[str, dict[int, dict[str, Any]]] = {shard: {} for shard in shards}
     records: dict[str, dict[str, Any]] = {}
     ends: dict[str, dict[str, Any]] = {}
     progress = _Progress(plan, len(shards))
-    with ray_cluster(num_cpus, why):
-        for row in _stream(plan, shards, num_readers):
-            shard = row["shard"]
-            if row["kind"] == "slice":
-                if row["index"] not in entries[shard]:  # a read task that died is run again from its first slice
-                    entries[shard][row["index"]] = row
-                    tally.add(row)
-            else:
-                ends[shard] = row
-            if shard in ends and len(entries[shard]) == ends[shard]["num_slices"]:
-                records[shard] = _finish_shard(plan, ends[shard], entries[shard])
-            progress.show(tally, len(records))
-            if tally.check():
-                run.log_metrics(tally.metrics(), step=tally.num_samples)
+    for row in _stream(plan, shards, num_readers):
+        shard = row["shard"]
+        if row["kind"] == "slice":
+            if row["index"] not in entries[shard]:  # a read task that died is run again from its first slice
+                entries[shard][row["index"]] = row
+                tally.add(row)
+        else:
+            ends[shard] = row
+        if shard in ends and len(entries[shard]) == ends[shard]["num_slices"]:
+            records[shard] = _finish_shard(plan, ends[shard], entries[shard])
+        progress.show(tally, len(records))
+        if tally.check():
+            run.log_metrics(tally.metrics(), step=tally.num_samples)
     progress.show(tally, len(records), is_last=True)
     return records
 

@@ -131,7 +131,7 @@ def _suites(config: EvaluateConfig) -> list[EvaluationSuite]:
         assert config.data is not None
         suites.append(
             RetrievalSuite(
-                storage=_absolute(config.storage),
+                storage=storage.absolute(config.storage),
                 data=config.data,
                 data_digest=embedded.read_manifest(config.storage, config.data, "vision").digest,
                 seed=config.seed,
@@ -180,7 +180,7 @@ def _work_through(suite: EvaluationSuite, config: EvaluateConfig) -> list[Row]:
     import ray.data
 
     units = suite.units()
-    arguments = (suite, registry.pin_model(config.model, config.storage), _absolute(config.storage))
+    arguments = (suite, registry.pin_model(config.model, config.storage), storage.absolute(config.storage))
     dataset = ray.data.from_items([asdict(unit) for unit in units], override_num_blocks=len(units)).map_batches(
         SuiteActor,
         fn_constructor_args=arguments,
@@ -234,7 +234,3 @@ def _flatten(scores: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield from _flatten(value, f"{prefix}{name}/")
         else:
             yield f"{prefix}{name}", float(value)
-
-
-def _absolute(uri: str) -> str:
-    return uri if storage.is_remote(uri) else str(storage.local_path(uri))

@@ -34,7 +34,8 @@ from pydantic import Field, ValidationError
 
 from nexusgen.config import Config, dump_config
 from nexusgen.errors import ConfigError, FingerprintError, GateError, InputError, ModelError, UsageError
-from nexusgen.model.weights import MANIFEST_NAME, assemble_model, demo_base, read_manifest
+from nexusgen.model.weights import assemble_model, demo_base, read_manifest
+from nexusgen.schema import MANIFEST_NAME
 from pipelines import checkpoint, storage, tracking
 from pipelines.checkpoint import Checkpoint
 from pipelines.runtime import CpuMeter, JobReport

@@ -276,7 +276,7 @@ def _application(config: ServeConfig) -> Application:
     )(ray_serve.ingress()(Ingress))
     pinned = registry.pin_model(config.model, config.storage)
     num_threads = max(1, int(config.replica_cpus))
-    return ingress.bind(model.bind(pinned, _absolute(config.storage), config.max_batch, num_threads))
+    return ingress.bind(model.bind(pinned, storage.absolute(config.storage), config.max_batch, num_threads))
 
 
 @contextmanager
@@ -289,10 +289,6 @@ def _set_by_signals(event: threading.Event) -> Iterator[None]:
     finally:
         for number, handler in zip(numbers, handlers, strict=True):
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-
-
-def _absolute(uri: str) -> str:
-    return uri if storage.is_remote(uri) else str(storage.local_path(uri))
 
 
 def _num_cpus(config: ServeConfig) -> float:

@@ -18,6 +18,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from nexusgen.errors import InputError, ResourceError
+from nexusgen.schema import MANIFEST_NAME
 
 READ_BUFFER_BYTES = 8 << 20  # S3 answers a few large ranged reads faster than many small ones
 _TEMPORARY = ".tmp-"
@@ -39,6 +40,11 @@ def is_remote(uri: str) -> bool:
 def local_path(uri: str) -> Path:
     """The local path of a URI that isn't remote, absolute."""
     return Path(uri.removeprefix("file://")).expanduser().absolute()
+
+
+def absolute(uri: str) -> str:
+    """The URI as it means the same to a worker, which has another working directory."""
+    return uri if is_remote(uri) else str(local_path(uri))
 
 
 def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
@@ -188,8 +194,8 @@ def upload_folder(source: Path, uri: str) -> None:
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
             return
-        # Files at the top (the manifest) after the folders: who finds the manifest finds everything.
-        files = sorted((p for p in source.rglob("*") if p.is_file()), key=lambda p: (p.parent == source, str(p)))
+        # The manifest last: who finds it finds everything.
+        files = sorted((p for p in source.rglob("*") if p.is_file()), key=lambda p: (p.name == MANIFEST_NAME, str(p)))
         for file in files:
             filesystem, path = open_filesystem(join(uri, file.relative_to(source).as_posix()))
             with filesystem.open_output_stream(path) as stream, file.open("rb") as content:

@@ -38,7 +38,7 @@ from nexusgen.schema import Task
 from pipelines import checkpoint, storage, tracking
 from pipelines.batches import Batch, BatchRule, Plan, check_world_size, iterate
 from pipelines.checkpoint import Checkpoint, Meta
-from pipelines.registry import resolve_model
+from pipelines.registry import pin_model, resolve_model
 from pipelines.runtime import CpuMeter, JobReport, ray_cluster
 from pipelines.sheets import Cell, draw_sheet
 from pipelines.stage_data import StageData, StageSource, open_data
@@ -136,7 +136,8 @@ def train(config: TrainConfig, parent_run_id: str | None = None) -> JobReport:
     ResourceError if CPUs are short. Later, NexusgenError if the loss is no longer finite.
     """
     with CpuMeter() as meter:
-        config = _with_absolute_paths(config)
+        model = pin_model(config.model, config.storage)
+        config = config.model_copy(update={"storage": storage.absolute(config.storage), "model": model})
         folder = resolve_model(config.model, config.storage)
         manifest = read_manifest(folder)
         _check_parts(config, manifest)
@@ -178,16 +179,6 @@ def train(config: TrainConfig, parent_run_id: str | None = None) -> JobReport:
             report = _report(meter.seconds, progress["cpu_seconds"], done, resumed_from)
             run.log_report(report)
         return report
-
-
-def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Workers have another working directory."""
-    values = {}
-    if not storage.is_remote(config.storage):
-        values["storage"] = str(storage.local_path(config.storage))
-    if config.model != "demo-base" and ":" not in config.model:
-        values["model"] = str(storage.local_path(config.model))
-    return config.model_copy(update=values)
 
 
 def _check_parts(config: TrainConfig, manifest: Manifest) -> None:

@@ -33,9 +33,15 @@ from nexusgen.model.autoregressive import AutoregressiveModel
 from nexusgen.model.decoder import VisionDecoder, load_decoder, save_decoder
 from nexusgen.model.tensors import iterate_tensors, load_strictly, save_tensors
 from nexusgen.prompts import load_tokenizer
+from nexusgen.schema import MANIFEST_NAME
 
-MANIFEST_NAME = "nexusgen.json"
 PARTS = ("autoregressive", "generation_decoder", "vae")
+_SMALL_FILES = (
+    "autoregressive/tokenizer.json",
+    "decoders/generation/conditioner.json",
+    "scheduler/scheduler_config.json",
+    "prompt_constants.safetensors",
+)
 _RELEASED_TO_MODULE = (
     (re.compile(r"^visual\."), "qwen.model.visual."),
     (re.compile(r"^model\."), "qwen.model.language_model."),
@@ -202,8 +208,14 @@ def write_manifest(folder: Path, **values: Any) -> Manifest:
     """Fingerprint the parts found in a model folder and write its `nexusgen.json`."""
     fingerprints = _part_fingerprints(folder)
     parts = tuple(part for part in PARTS if part in fingerprints)
-    whole = hashlib.sha256(json.dumps([fingerprints, str(values.get("geometry"))], sort_keys=True).encode()).hexdigest()
-    manifest = Manifest(parts=parts, fingerprints=fingerprints, fingerprint=whole[:16], **values)
+    manifest = Manifest(parts=parts, fingerprints=fingerprints, fingerprint="", **values)
+    # Whatever changes an answer: weights, small files beside them, sizes and defaults; not the lineage.
+    settings = manifest.model_dump(mode="json", exclude={"lineage", "version", "fingerprint"})
+    small_files = [
+        hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in _SMALL_FILES if (folder / n).is_file()
+    ]
+    whole = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    manifest = manifest.model_copy(update={"fingerprint": whole[:16]})
     (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return manifest
 

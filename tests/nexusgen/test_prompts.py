@@ -108,6 +108,7 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
         ((UNDERSTANDING[0], Message("assistant", "  ")), 1, "text_invalid"),
         ((UNDERSTANDING[0], Message("assistant", "\ud83d")), 1, "text_invalid"),
         ((*UNDERSTANDING, Message("system", "late")), 1, "messages_invalid"),
+        ((Message("system", "<image>"), *UNDERSTANDING), 2, "messages_invalid"),
     ],
 )
 def test_bad_conversations_have_a_reason(messages, num_images, code):
