@@ -211,9 +211,8 @@ def write_manifest(folder: Path, **values: Any) -> Manifest:
     manifest = Manifest(parts=parts, fingerprints=fingerprints, fingerprint="", **values)
     # Whatever changes an answer: weights, small files beside them, sizes and defaults; not the lineage.
     settings = manifest.model_dump(mode="json", exclude={"lineage", "version", "fingerprint"})
-    small_files = [
-        hashlib.sha256((folder / n).read_bytes()).hexdigest() for n in _SMALL_FILES if (folder / n).is_file()
-    ]
+    small_files = [(folder / name).read_bytes() for name in _SMALL_FILES if (folder / name).is_file()]
+    settings["files"] = [hashlib.sha256(content).hexdigest() for content in small_files]
     whole = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     manifest = manifest.model_copy(update={"fingerprint": whole[:16]})
     (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
