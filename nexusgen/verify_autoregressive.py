@@ -23,7 +23,8 @@ from nexusgen.prompts import IGNORED_LABEL, Conversation
 from nexusgen.sampling import PostImagePositions, Prompt, generate_replies
 
 _NAN = float("nan")
-Grid = Int[Tensor, "images 3"]
+# Patches and patch grid of one image; sizes differ from image to image, so their axes have no names.
+EncodedImage = tuple[Float[Tensor, "_ _"], Int[Tensor, "_ 3"]]
 
 
 def verify_autoregressive(folder: Path) -> Iterator[Case]:
@@ -32,7 +33,7 @@ def verify_autoregressive(folder: Path) -> Iterator[Case]:
     model = load_autoregressive(folder, Geometry())
     if (folder / "sharded").is_dir():
         yield from _same_weights(model, load_autoregressive(folder / "sharded", Geometry()))
-    images: dict[str, tuple[Float[Tensor, "patches pixels"], Grid]] = {}
+    images: dict[str, EncodedImage] = {}
     for name in ("vision", "vision_targets"):
         if (folder / f"{name}.safetensors").is_file():
             yield from _vision_cases(model, load_file(folder / f"{name}.safetensors"), images)
@@ -59,7 +60,7 @@ def _same_weights(model: AutoregressiveModel, other: AutoregressiveModel) -> Ite
 def _vision_cases(
     model: AutoregressiveModel,
     recorded: dict[str, Tensor],
-    images: dict[str, tuple[Float[Tensor, "patches pixels"], Grid]],
+    images: dict[str, EncodedImage],
 ) -> Iterator[Case]:
     for key in sorted(recorded):
         kind, _, name = key.partition(".")
@@ -87,7 +88,7 @@ def _training_cases(
     name: str,
     model: AutoregressiveModel,
     recorded: dict[str, Tensor],
-    images: list[tuple[Float[Tensor, "patches pixels"], Grid]],
+    images: list[EncodedImage],
 ) -> Iterator[Case]:
     batch = _training_batch(model, recorded, images)
     valid = recorded["attention_mask"].bool()
@@ -124,7 +125,7 @@ def _training_cases(
 def _training_batch(
     model: AutoregressiveModel,
     recorded: dict[str, Tensor],
-    images: list[tuple[Float[Tensor, "patches pixels"], Grid]],
+    images: list[EncodedImage],
 ) -> ConversationBatch:
     """Images come in order of appearance; whether each is a target shows in the labels at its place."""
     input_ids, labels = recorded["input_ids"], recorded["labels"]
@@ -167,7 +168,7 @@ def _generation_cases(
     name: str,
     model: AutoregressiveModel,
     recorded: dict[str, Tensor],
-    image: tuple[Float[Tensor, "patches pixels"], Grid] | None,
+    image: EncodedImage | None,
 ) -> Iterator[Case]:
     prompt_ids = recorded["prompt_ids"].numpy()
     grids: list[tuple[int, int]] = []
@@ -200,7 +201,7 @@ def _generation_cases(
 
 
 def _decided_mismatches(
-    got: Int[Tensor, " new"],
+    got: Int[Tensor, " got"],
     want: Int[Tensor, " new"],
     steps: Int[Tensor, " steps"],
     logits: Float[Tensor, "steps vocabulary"],

