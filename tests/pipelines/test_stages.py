@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_training import make_embedded, make_tiny_model, write_mode
 
+from nexusgen.base_training import LATENT_CHANNELS
 from nexusgen.errors import FingerprintError, InputError
 from nexusgen.losses import total_loss
 from nexusgen.model.weights import read_manifest
@@ -47,7 +48,7 @@ def test_the_decoder_uses_samples_with_a_target_only(storage_uri: str, model: Pa
     assert set(data.table.lengths) == {16 + 16}
     batch = source.batch(np.arange(5))
     assert batch.embeddings.shape == (5, 16, 128)
-    assert batch.latents.shape == (5, 32, 8, 8)
+    assert batch.latents.shape == (5, LATENT_CHANNELS, 8, 8)
 
 
 @pytest.mark.parametrize("name", ["ar", "generation_decoder"])
