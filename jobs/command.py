@@ -286,5 +286,5 @@ def _positive(text: str) -> int:
 def _size(text: str) -> tuple[int, int]:
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-        raise argparse.ArgumentTypeError(f"{text!r}: wanted HEIGHTxWIDTH in pixels, like 64x64")
+        raise argparse.ArgumentTypeError(f"{text!r}: wanted HEIGHTxWIDTH in pixels, like 96x96")
     return int(sides[0]), int(sides[-1])

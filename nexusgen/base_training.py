@@ -48,16 +48,18 @@ from nexusgen.model.weights import load_autoregressive, save_autoregressive, wri
 from nexusgen.prompts import encode_conversation, load_tokenizer
 from nexusgen.schema import Message, Task
 
+# One token covers one cell of the world's 3 x 3: what the language model predicts and the transformer attends to is a
+# thing, not a part of four.
 GEOMETRY = Geometry(
-    patch_size=8, target_size=64, reference_size=128, min_input_pixels=64 * 64, max_input_pixels=128 * 128
+    patch_size=16, target_size=96, reference_size=192, min_input_pixels=96 * 96, max_input_pixels=192 * 192
 )
-IMAGE_SIZE = (64, 64)
+IMAGE_SIZE = (96, 96)
 PICTURES_PER_STEP = {GEOMETRY.target_size: 16, GEOMETRY.reference_size: 8}  # a large one costs four small ones
 HIDDEN_SIZE = 128
 LATENT_CHANNELS = 24  # at 1/8 of the image's side; 96 numbers per 16-pixel patch
 POOLED_SIZE = 64
 VOCABULARY_SIZE = 768
-SCHEDULER_SHIFT = 1.0  # pictures of 16 tokens: nothing is gained by dwelling on noise, as 1,024 tokens need
+SCHEDULER_SHIFT = 1.0  # pictures of 36 tokens: nothing is gained by dwelling on noise, as 1,024 tokens need
 SEED = 2504_21356
 
 # Qwen's tokens in Qwen's order; the tiny vocabulary ends with them.
@@ -85,9 +87,9 @@ _SPLIT = (
 class BaseSchedule(NamedTuple):
     """Lengths of the two trainings, in steps; the shipped base used the defaults."""
 
-    understanding_steps: int = 2600  # vision tower and language model together
-    language_steps: tuple[int, ...] = (2000, 1200)  # language model alone, on the finished tower, round by round
-    decoder_steps: int = 3500
+    understanding_steps: int = 3500  # vision tower and language model together
+    language_steps: tuple[int, ...] = (2500, 2500)  # language model alone, on the finished tower, round by round
+    decoder_steps: int = 4000
 
 
 def make_base(out: Path, schedule: BaseSchedule | None = None) -> None:
@@ -197,7 +199,7 @@ def tiny_autoregressive_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VL
             "patch_size": GEOMETRY.patch_size,
             "spatial_patch_size": GEOMETRY.patch_size,
             "spatial_merge_size": GEOMETRY.merge_size,
-            "window_size": 64,
+            "window_size": GEOMETRY.target_size,
             "fullatt_block_indexes": [0, 1, 2],
         },
         image_token_id=token("<|image_pad|>"),
@@ -214,7 +216,7 @@ class _ReadBack(nn.Module):
     def __init__(self, num_shapes: int, num_colours: int, num_sizes: int, num_backgrounds: int) -> None:
         super().__init__()
         self.sizes = (num_shapes, num_colours, num_sizes)
-        self.cell = nn.Sequential(nn.Linear(4 * HIDDEN_SIZE, 256), nn.GELU(), nn.Linear(256, sum(self.sizes)))
+        self.cell = nn.Linear(HIDDEN_SIZE, sum(self.sizes))
         self.background = nn.Linear(HIDDEN_SIZE, num_backgrounds)
         self.pixels = nn.Linear(HIDDEN_SIZE, 3 * GEOMETRY.factor**2)
 
@@ -227,9 +229,8 @@ class _ReadBack(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         side = math.isqrt(embeddings.shape[1])
         grid = embeddings.transpose(1, 2).unflatten(2, (side, side))
-        # 6 x 6 samples of the token grid give each of the 3 x 3 cells four, whatever the resolution.
-        sampled = F.interpolate(grid, size=(6, 6), mode="bilinear", align_corners=False)
-        cells = sampled.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+        # A cell is one token of a small picture, four of a large one; linear, so that what is read is laid out plainly.
+        cells = F.adaptive_avg_pool2d(grid, shapes.NUM_CELLS).flatten(2).transpose(1, 2)
         logits = self.cell(cells).split(self.sizes, dim=-1)
         is_full = labels[..., 0] > 0
         loss = F.cross_entropy(logits[0].flatten(0, 1), labels[..., 0].flatten())

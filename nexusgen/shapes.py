@@ -166,7 +166,7 @@ class WorldSample:
 # ------------------------------------------------------------------------------------------------------------ drawing
 
 
-def draw(scene: Scene, size: int = 64) -> UInt8[np.ndarray, "size size 3"]:
+def draw(scene: Scene, size: int = 96) -> UInt8[np.ndarray, "size size 3"]:
     """The scene as an RGB picture of `size` pixels on a side, edges smoothed."""
     canvas = np.empty((size, size, 3), dtype=np.float32)
     canvas[:] = BACKGROUNDS[scene.background][1]
@@ -496,7 +496,7 @@ _REQUESTS: Mapping[Lang, tuple[str, ...]] = {
 _DRAWN: Mapping[Lang, str] = {"en": f"Here is the image: {IMAGE_MARK}", "zh": f"图像如下：{IMAGE_MARK}"}
 
 
-def training_samples(task: Task, start: int, count: int, seed: int, size: int = 64) -> Iterator[WorldSample]:
+def training_samples(task: Task, start: int, count: int, seed: int, size: int = 96) -> Iterator[WorldSample]:
     """Training samples number `start` to `start + count` of a task; sample i depends on (seed, task, i) alone.
 
     Generation: half short prompts (spread evenly over the categories), half explicit captions. Languages alternate.

@@ -294,7 +294,7 @@ def _parse_size(size: str | None) -> tuple[int, int] | None:
         return None
     found = _SIZE.fullmatch(size)
     if found is None:
-        message = f'Invalid size {size[:40]!r}: expected "WIDTHxHEIGHT", such as "64x64", or "auto".'
+        message = f'Invalid size {size[:40]!r}: expected "WIDTHxHEIGHT", such as "96x96", or "auto".'
         raise RefusedError(400, message, param="size", code="invalid_value")
     width, height = int(found[1]), int(found[2])
     if width % SIZE_MULTIPLE or height % SIZE_MULTIPLE or width * height > MAX_PIXELS:

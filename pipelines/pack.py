@@ -25,7 +25,7 @@ from nexusgen.schema import Task
 from pipelines import storage, tracking
 from pipelines.runtime import CpuMeter, JobReport
 
-LAYOUT_VERSION = 1  # raised when the packed bytes change for the same configuration
+LAYOUT_VERSION = 2  # raised when the packed bytes change for the same configuration
 ENTRIES_FOLDER = "_manifest"
 PROGRESS_S = 5.0
 
@@ -43,7 +43,7 @@ class PackConfig(Config):
     counts: dict[Task, int] = Field(default_factory=_default_counts)
     start: int = Field(default=0, ge=0)  # number of the first sample; sample i depends on (seed, task, i) alone
     seed: int = Field(default=0, ge=0)
-    image_size: int = Field(default=64, ge=8)  # pixels on a side
+    image_size: int = Field(default=96, ge=8)  # pixels on a side
     samples_per_shard: int = Field(default=1000, ge=1)
 
 

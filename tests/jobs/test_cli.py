@@ -187,7 +187,7 @@ def test_generate_writes_the_picture_of_a_seed(nexusgen: Run, model: Path, tmp_p
         assert code == 0
         data = json.loads(out)
         assert data["seed"] == seed
-        assert data["size"] == [64, 64]
+        assert data["size"] == [96, 96]
         assert data["fingerprint"] == read_manifest(model).fingerprint
         pictures.append(np.asarray(Image.open(tmp_path / name)))
     assert np.array_equal(pictures[0], pictures[1])

@@ -9,7 +9,7 @@ from nexusgen.scoring import STRICT_OVERLAP, read_scene, score_answer, score_edi
 from nexusgen.shapes import Scene, Thing, draw
 
 
-@pytest.mark.parametrize(("noise", "size"), [(0, 64), (12, 64), (0, 128), (12, 128)])
+@pytest.mark.parametrize(("noise", "size"), [(0, 64), (12, 64), (0, 96), (12, 96), (0, 192), (12, 192)])
 def test_random_scenes_are_read_right(noise, size):
     rng = np.random.default_rng(5)
     for _ in range(200):
@@ -40,8 +40,8 @@ def test_damage_fails_in_every_category(category):
         shape = next(s for s in shapes.SHAPES if s not in {t.shape for t in scene.things})
         free = next(c for c in range(9) if c not in {t.cell for t in scene.things})
         extra = Scene((*scene.things, Thing(free, shape, "red")), scene.background)
-        blurred = ndimage.gaussian_filter(draw(scene).astype(float), (6, 6, 0)).astype(np.uint8)
-        grey = np.full((64, 64, 3), 128, dtype=np.uint8)
+        blurred = ndimage.gaussian_filter(draw(scene).astype(float), (9, 9, 0)).astype(np.uint8)
+        grey = np.full((96, 96, 3), 128, dtype=np.uint8)
         missing = Scene(scene.things[1:], scene.background)
         for damaged in (draw(change(scene, shape=shape)), draw(extra), draw(missing), blurred, grey):
             assert not score_prompt(prompt, damaged)

@@ -100,7 +100,7 @@ def test_samples_are_valid_and_of_their_task(samples):
         for sample in made[:100]:
             validate_messages(sample.messages, len(sample.images))
             assert task_of(sample.messages) == task == sample.task
-            assert all(image.shape == (64, 64, 3) and image.dtype == np.uint8 for image in sample.images)
+            assert all(image.shape == (96, 96, 3) and image.dtype == np.uint8 for image in sample.images)
 
 
 def test_a_sample_depends_on_its_index_alone(samples):
@@ -141,6 +141,6 @@ def test_majority_score_is_that_of_constant_answers():
 
 def test_pictures_of_both_sizes_show_the_same(samples):
     scene = shapes.Scene((shapes.Thing(4, "ring", "red"),))
-    small, large = shapes.draw(scene, 64), shapes.draw(scene, 128)
-    shrunk = large.reshape(64, 2, 64, 2, 3).mean(axis=(1, 3))
+    small, large = shapes.draw(scene, 96), shapes.draw(scene, 192)
+    shrunk = large.reshape(96, 2, 96, 2, 3).mean(axis=(1, 3))
     assert abs(shrunk - small).mean() < 2

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_training import make_embedded, make_tiny_model, write_mode
+from tiny_training import LATENT_SIZE, NUM_TARGET_TOKENS, make_embedded, make_tiny_model, write_mode
 
-from nexusgen.base_training import LATENT_CHANNELS
+from nexusgen.base_training import HIDDEN_SIZE, IMAGE_SIZE, LATENT_CHANNELS
 from nexusgen.errors import FingerprintError, InputError
 from nexusgen.losses import total_loss
 from nexusgen.model.weights import read_manifest
@@ -45,10 +45,10 @@ def test_rows_are_found_once_and_split_by_key(storage_uri: str, model: Path) -> 
 def test_the_decoder_uses_samples_with_a_target_only(storage_uri: str, model: Path) -> None:
     _, data, source = open_stage("generation_decoder", storage_uri, model)
     assert len(data.train) + len(data.validation) == 40
-    assert set(data.table.lengths) == {16 + 16}
+    assert set(data.table.lengths) == {NUM_TARGET_TOKENS + LATENT_SIZE[0] * LATENT_SIZE[1] // 4}
     batch = source.batch(np.arange(5))
-    assert batch.embeddings.shape == (5, 16, 128)
-    assert batch.latents.shape == (5, LATENT_CHANNELS, 8, 8)
+    assert batch.embeddings.shape == (5, NUM_TARGET_TOKENS, HIDDEN_SIZE)
+    assert batch.latents.shape == (5, LATENT_CHANNELS, *LATENT_SIZE)
 
 
 @pytest.mark.parametrize("name", ["ar", "generation_decoder"])
@@ -104,7 +104,7 @@ def test_the_baseline_is_the_mean_of_training_targets(storage_uri: str, model: P
 def test_pictures_show_target_and_prediction(storage_uri: str, model: Path) -> None:
     stage, data, source = open_stage("generation_decoder", storage_uri, model)
     ((target, prediction),) = stage.pictures(source.samples(data.train[:1]))
-    assert target.size == prediction.size == (64, 64)
+    assert target.size == prediction.size == IMAGE_SIZE
 
 
 def test_wrong_data_is_refused_with_the_fix(tmp_path: Path, storage_uri: str, model: Path) -> None:

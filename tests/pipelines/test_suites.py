@@ -15,6 +15,7 @@ from PIL import Image
 from tiny_training import make_embedded, make_tiny_model
 
 from nexusgen import shapes
+from nexusgen.base_training import IMAGE_SIZE
 from nexusgen.errors import FingerprintError, InputError
 from nexusgen.model.weights import Model, load_model, read_manifest
 from pipelines import embedded, suites
@@ -81,7 +82,7 @@ def test_rows_are_in_rounds_of_categories_with_consecutive_seeds(rows: list[dict
     drawn = [row for row in rows if row["kind"] == "generation"]
     assert [row["category"] for row in drawn] == list(shapes.CATEGORIES) * WORLD.per_category
     assert [row["seed"] for row in drawn] == list(range(3, 3 + len(drawn)))
-    assert {Image.open(io.BytesIO(row["png"])).size for row in rows} == {(64, 64)}
+    assert {Image.open(io.BytesIO(row["png"])).size for row in rows} == {IMAGE_SIZE}
     assert len(rows) == 12 + 3 + 2
     table = pa.Table.from_pylist(rows, schema=WORLD.schema)
     assert table["score"].null_count == 0

@@ -14,6 +14,7 @@ import torch
 from nexusgen.base_training import (
     GEOMETRY,
     HIDDEN_SIZE,
+    IMAGE_SIZE,
     LATENT_CHANNELS,
     TRANSFORMER_SIZES,
     tiny_autoregressive_config,
@@ -31,6 +32,7 @@ from pipelines import embedded, storage
 from pipelines.embedded import EmbeddedManifest, SliceInfo
 
 NUM_TARGET_TOKENS = GEOMETRY.num_target_tokens
+LATENT_SIZE = (IMAGE_SIZE[0] // 8, IMAGE_SIZE[1] // 8)
 WORDS = ("red", "green", "blue", "circle", "square", "star", "large", "small", "left", "right")
 
 
@@ -44,7 +46,7 @@ def make_tiny_model(folder: Path, seed: int = 0) -> Path:
     decoder = VisionDecoder.from_config(tiny_decoder_config(), TRANSFORMER_SIZES)
     initialise_for_training(decoder, seed)
     save_decoder(decoder, folder / "decoders" / "generation", torch.float32)
-    noise = np.random.default_rng(seed).integers(0, 256, (64, 64, 64, 3), dtype=np.uint8)
+    noise = np.random.default_rng(seed).integers(0, 256, (64, *IMAGE_SIZE, 3), dtype=np.uint8)
     fit_patch_autoencoder(noise, 4 * LATENT_CHANNELS).save_pretrained(folder / "vae")
     make_scheduler().save_pretrained(folder / "scheduler")
     constants = {
@@ -52,7 +54,7 @@ def make_tiny_model(folder: Path, seed: int = 0) -> Path:
         "negative_context": torch.zeros(1, 1, HIDDEN_SIZE),
     }
     save_tensors(constants, folder / "prompt_constants.safetensors", torch.float32)
-    write_manifest(folder, geometry=GEOMETRY, image_size=(64, 64), num_inference_steps=2, true_cfg_scale=1.0)
+    write_manifest(folder, geometry=GEOMETRY, image_size=IMAGE_SIZE, num_inference_steps=2, true_cfg_scale=1.0)
     return folder
 
 
@@ -114,12 +116,12 @@ def _row(number: int, tokenizer: Any) -> dict[str, Any]:
         "num_tokens": len(conversation.input_ids),
     }
     target = torch.randn(NUM_TARGET_TOKENS, HIDDEN_SIZE, generator=torch.Generator().manual_seed(pattern))
-    latents = torch.randn(LATENT_CHANNELS, 8, 8, generator=torch.Generator().manual_seed(100 + pattern))
+    latents = torch.randn(LATENT_CHANNELS, *LATENT_SIZE, generator=torch.Generator().manual_seed(100 + pattern))
     is_target = [role == "assistant" for role in roles]
     row |= _entries("input", [i for i, said in enumerate(is_target) if not said], grid, target.flip(0))
     row |= _entries("target", [i for i, said in enumerate(is_target) if said], grid, target)
     row |= _entries("crop", [i for i, said in enumerate(is_target) if said], grid, target)
-    row |= _entries("latents", [i for i, said in enumerate(is_target) if said], (8, 8), latents)
+    row |= _entries("latents", [i for i, said in enumerate(is_target) if said], LATENT_SIZE, latents)
     return row
 
 
