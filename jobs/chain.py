@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nexusgen.config import Config, dump_config, parse_config, read_values
-from nexusgen.errors import GateError
+from nexusgen.errors import ConfigError, GateError
 from pipelines import registry, runtime, storage, tracking
 from pipelines.embed import EmbedConfig, embed
 from pipelines.evaluate import EvaluateConfig, evaluate
@@ -98,7 +98,7 @@ class RoadResult:
 def load_road(path: Path, overrides: Sequence[str] = ()) -> RoadConfig:
     """Read a road: each job has the settings of the file SECTION.yaml beside `path`, replaced by those of its section.
 
-    Raises: ConfigError naming the unknown key or wrong value.
+    Raises: ConfigError naming the unknown key, the wrong value, or the key that is the road's to set.
     """
     values = read_values(path, overrides)
     shared = {"model": registry.DEMO_BASE, "input": None, **values}
@@ -111,6 +111,12 @@ def load_road(path: Path, overrides: Sequence[str] = ()) -> RoadConfig:
         own = values.get(section, {})
         if not isinstance(own, dict):
             continue  # the check below says what is wrong
+        for key in keys:
+            if key in own:
+                raise ConfigError(
+                    f"{path}: {section}.{key} is {own[key]!r}, but the road's own {key} holds for all its jobs: "
+                    f"remove it, and set {key} instead if the road has such a key"
+                )
         file = path.parent / f"{section}.yaml"
         from_file = read_values(file) if file.is_file() else {}
         values[section] = from_file | own | {key: shared[key] for key in keys if key in shared}

@@ -116,6 +116,12 @@ def execute(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         _complain("interrupted; started again, the job goes on from what is finished")
         return EXIT_INTERRUPTED
+    except Exception as error:
+        service = type(error).__module__.partition(".")[0]
+        if service not in ("mlflow", "ray") or hasattr(error, "cause"):
+            raise  # a fault of ours, or one that a worker passes on: the traceback tells where
+        _complain(f"{service} failed ({type(error).__name__}): {error}")
+        return EXIT_FAILED
     return int(outcome.exit_code)
 
 

@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import webdataset
 from PIL import Image
@@ -39,7 +39,6 @@ class PackConfig(Config):
 
     storage: str
     name: str
-    source: Literal["world"] = "world"
     counts: dict[Task, int] = Field(default_factory=_default_counts)
     start: int = Field(default=0, ge=0)  # number of the first sample; sample i depends on (seed, task, i) alone
     seed: int = Field(default=0, ge=0)
@@ -94,7 +93,7 @@ def _plan(config: PackConfig) -> dict[str, tuple[Task, int, int]]:
 
 
 def _recipe(config: PackConfig, span: tuple[Task, int, int]) -> str:
-    values = [LAYOUT_VERSION, config.source, config.seed, config.image_size, *span]
+    values = [LAYOUT_VERSION, config.seed, config.image_size, *span]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 

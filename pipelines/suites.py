@@ -482,12 +482,6 @@ def _predict(model: Model, stored: Sequence[Row]) -> list[Row]:
     ]
 
 
-def _prompt(row: Row) -> str:
-    """What the user says first."""
-    said = next((m["content"] for m in row["messages"] if m["role"] == "user"), "")
-    return str(said).replace(IMAGE_MARK, "").strip()
-
-
 def _stored_images(row: Row, role: str) -> list[tuple[int, tuple[int, int], Tensor]]:
     """(index, grid, embeddings) of a role's images."""
     grids = np.array(row[f"{role}_grid"], dtype=int).reshape(-1, 2)

@@ -32,14 +32,14 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from PIL import Image
 
-from nexusgen.errors import ConfigError, InputError, NexusgenError
+from nexusgen.errors import ConfigError, InputError, NexusgenError, ResourceError
 from nexusgen.schema import REASON_CODES
 from pipelines.runtime import JobReport
 from pipelines.storage import is_remote, local_path
@@ -85,6 +85,7 @@ MAX_RETRY_DELAY_S = 5.0
 
 _SQLITE = "sqlite:///"
 _SPOOL = "mlflow_spool"
+_RECORDS = "records.jsonl"
 _MAX_METRICS = 900  # MLflow's limits per request are 1,000 metrics, 100 params or tags, 1,000 inputs
 _MAX_PARAMS = 100
 _MAX_INPUTS = 200
@@ -228,10 +229,6 @@ class Run:
         image.save(data, format="PNG")
         self._put_artifact(data.getvalue(), artifact)
 
-    def log_artifact(self, path: Path, folder: str = "") -> None:
-        """Store a small file as an artefact, in `folder` of the run's artefacts."""
-        self._put_artifact(path.read_bytes(), f"{folder}/{path.name}" if folder else path.name)
-
     def log_report(self, report: JobReport) -> None:
         """Store what the job did and cost."""
         self.log_metrics({"job/seconds": report.seconds, "job/cpu_seconds": report.cpu_seconds})
@@ -256,7 +253,7 @@ def job_run(
     """Follow a job: a run (nested under `parent`), its configuration as params and as `config.yaml`, its end.
 
     `resume_run_id` continues that run. The run ends FINISHED, KILLED on Ctrl-C, or FAILED with the message in its note.
-    Raises: ConfigError if there is no usable MLflow; what the body raises.
+    Raises: ConfigError without a place for MLflow; ResourceError if its server doesn't answer; what the body raises.
     """
     client = connect(storage)
     all_tags = {TAG_JOB: job, "mlflow.source.name": f"nexusgen {job}", "mlflow.source.type": "JOB", **(tags or {})}
@@ -266,10 +263,12 @@ def job_run(
         all_tags |= {TAG_PARENT: parent, MLFLOW_PARENT: parent}
     name = f"{job} {stage}" if stage else job
     patience_s = CREATE_PATIENCE_S if parent or resume_run_id else 0.0
-    run_id, known_params = _patiently(
-        lambda: _open_run(client, experiment, name, all_tags, resume_run_id), mlflow_uri(storage), patience_s
-    )
-    _deliver_leftovers(client, _spool_root(storage))
+
+    def open_run() -> tuple[str, dict[str, str]]:
+        _deliver_leftovers(client, _spool_root(storage))  # first: among them may be how the resumed run ended
+        return _open_run(client, experiment, name, all_tags, resume_run_id)
+
+    run_id, known_params = _patiently(open_run, mlflow_uri(storage), patience_s)
     outbox = _Outbox(client, run_id, _spool_root(storage))
     run = Run(run_id, outbox, known_params)
     run.log_text(config_yaml, "config.yaml")
@@ -366,7 +365,7 @@ def _experiment_id(client: MlflowClient, name: str) -> str:
 
 
 def _patiently(act: Callable[[], T], uri: str, patience_s: float) -> T:
-    """Call `act` until the server answers. Raises: ConfigError after `patience_s` seconds."""
+    """Call `act` until the server answers. Raises: ResourceError after `patience_s` seconds."""
     from mlflow.exceptions import MlflowException
 
     deadline = time.monotonic() + patience_s
@@ -377,7 +376,7 @@ def _patiently(act: Callable[[], T], uri: str, patience_s: float) -> T:
             if _is_refusal(error):
                 raise NexusgenError(f"MLflow at {redact(uri)} refused: {error}") from error
             if time.monotonic() >= deadline:
-                raise ConfigError(
+                raise ResourceError(
                     f"MLflow at {redact(uri)} doesn't answer ({str(error)[:300]}): "
                     "start the server, or correct or unset MLFLOW_TRACKING_URI"
                 ) from error
@@ -405,8 +404,11 @@ class _Outbox:
             (self._folder / "files").mkdir(parents=True)
         except OSError as error:
             raise InputError(f"the spool {self._folder} of MLflow records can't be written: {error.strerror}") from None
-        self._spool = (self._folder / "records.jsonl").open("a", encoding="utf-8")
-        fcntl.flock(self._spool, fcntl.LOCK_EX)  # others see that this spool has a living owner
+        # Others see by the lock that this spool has a living owner, so it gets its name when it is locked.
+        unnamed = self._folder / "unnamed"
+        self._spool = unnamed.open("a", encoding="utf-8")
+        fcntl.flock(self._spool, fcntl.LOCK_EX)
+        unnamed.rename(self._folder / _RECORDS)
         self._pending: deque[_Record] = deque()
         self._changed = threading.Condition()
         self._is_closing = False
@@ -439,6 +441,8 @@ class _Outbox:
             self._has_given_up = True
             self._changed.notify_all()
             num_left = len(self._pending)
+            if not num_left:
+                shutil.rmtree(self._folder, ignore_errors=True)  # while it is still locked
             self._spool.close()
         if self._bug is not None:
             raise self._bug
@@ -450,8 +454,6 @@ class _Outbox:
                 self._last_error,
                 self._folder,
             )
-        else:
-            shutil.rmtree(self._folder)
 
     def _work(self) -> None:
         try:
@@ -569,9 +571,9 @@ def _dataset_input(content: Mapping[str, Any]) -> Any:
 
 def _deliver_leftovers(client: MlflowClient, spool_root: Path) -> None:
     """Deliver what earlier jobs on this storage could not, unless they still live; on failure it simply stays."""
-    for path in sorted(spool_root.glob("*/records.jsonl")):
-        with path.open("r+", encoding="utf-8") as spool:
-            if not _try_lock(spool):
+    for path in sorted(spool_root.glob(f"*/{_RECORDS}")):
+        with suppress(FileNotFoundError), path.open("r+", encoding="utf-8") as spool:  # its owner may just be done
+            if not _try_lock(spool) or not path.exists():
                 continue
             run_id = path.parent.name.rpartition("-")[0]
             pending = deque(_parse_records(spool))

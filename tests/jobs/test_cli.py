@@ -100,6 +100,12 @@ def test_misspelt_key_of_a_roads_job(nexusgen: Run) -> None:
     assert "'train_ar.num_stepss'; did you mean 'num_steps'?" in line
 
 
+def test_a_job_of_a_road_cant_have_a_key_of_the_roads_own(nexusgen: Run) -> None:
+    line = refused(nexusgen("road", DEMO_CONFIGS / "road.yaml", "evaluate.model=demo-base"))
+    assert line.startswith("2 ")
+    assert "evaluate.model is 'demo-base', but the road's own model holds" in line
+
+
 def test_misspelt_job_of_a_road(nexusgen: Run) -> None:
     assert "did you mean 'train_ar'?" in refused(nexusgen("road", DEMO_CONFIGS / "road.yaml", "trainar.num_steps=3"))
 
@@ -162,6 +168,15 @@ def test_no_registered_model_says_how_to_get_one(
     line = refused(nexusgen("generate", "a star", "-o", tmp_path / "x.png", "--storage", tmp_path / "none"))
     assert "nexusgen demo" in line
     assert not (tmp_path / "none").exists()
+
+
+def test_a_dead_tracking_server_is_one_message(nexusgen: Run, storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    line = refused(nexusgen("promote", "1", "--storage", storage))
+    assert line.startswith("1 ")
+    assert "mlflow" in line.lower()
+    assert "127.0.0.1" in line
 
 
 def test_promote_without_a_model(nexusgen: Run, storage: Path) -> None:

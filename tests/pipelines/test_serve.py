@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import openai
 import pytest
 from PIL import Image
 from servers import free_port
@@ -169,11 +170,10 @@ def test_errors_arrive_in_openais_shape(url: str) -> None:
 
 def test_overload_is_shed_and_the_rest_served(url: str) -> None:
     with ThreadPoolExecutor(32) as pool:
-        calls = [pool.submit(post, url, prompt="a blue square", seed=seed, steps=4) for seed in range(32)]
+        calls = [pool.submit(post, url, prompt="a blue square", seed=seed, steps=20) for seed in range(32)]
         responses = [call.result() for call in calls]
     statuses = {response.status_code for response in responses}
-    assert statuses <= {200, 429}
-    assert 200 in statuses
+    assert statuses == {200, 429}  # 8 are at work and 4 wait at any time
     for response in responses:
         if response.status_code == 429:
             assert response.json()["error"]["type"] == "rate_limit_error"
@@ -181,7 +181,6 @@ def test_overload_is_shed_and_the_rest_served(url: str) -> None:
 
 
 def test_openai_client_reads_the_answer(url: str) -> None:
-    openai = pytest.importorskip("openai")
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         answer = client.images.generate(
             prompt="a red circle", model="nexusgen", n=1, extra_body={"seed": 1, "steps": 2}

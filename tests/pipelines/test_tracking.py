@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from PIL import Image
 from servers import free_port, mlflow_server
 
-from nexusgen.errors import ConfigError, InputError
+from nexusgen.errors import ConfigError, InputError, ResourceError
 from pipelines import tracking
 from pipelines.runtime import JobReport
 
@@ -138,7 +138,7 @@ def test_where_mlflow_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         tracking.configure(str(tmp_path / "file"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     assert tracking.mlflow_uri("s3://bucket/x") == "http://127.0.0.1:1"
-    with pytest.raises(ConfigError, match="doesn't answer"), tracking.job_run(str(tmp_path), "p", "embed", CONFIG):
+    with pytest.raises(ResourceError, match="doesn't answer"), tracking.job_run(str(tmp_path), "p", "embed", CONFIG):
         pass
 
 
