@@ -87,9 +87,9 @@ _SPLIT = (
 class BaseSchedule(NamedTuple):
     """Lengths of the two trainings, in steps; the shipped base used the defaults."""
 
-    understanding_steps: int = 2500  # vision tower and language model together
-    language_steps: int = 2500  # language model alone, on the finished tower
-    decoder_steps: int = 3500
+    understanding_steps: int = 3500  # vision tower and language model together
+    language_steps: tuple[int, ...] = (2500, 2500)  # language model alone, on the finished tower, round by round
+    decoder_steps: int = 4000
 
 
 def make_base(out: Path, schedule: BaseSchedule | None = None) -> None:
@@ -211,11 +211,7 @@ def tiny_autoregressive_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VL
 
 
 class _ReadBack(nn.Module):
-    """Auxiliary heads on image embeddings, dropped after training: what each cell holds, and the pixels themselves.
-
-    The other way round, a cell's embedding should be the sum of one vector for each of its attributes: a language model
-    that learns to predict such embeddings can put together what it has never seen together.
-    """
+    """Auxiliary heads on image embeddings, dropped after training: what each cell holds, and the pixels themselves."""
 
     def __init__(self, num_shapes: int, num_colours: int, num_sizes: int, num_backgrounds: int) -> None:
         super().__init__()
@@ -223,7 +219,6 @@ class _ReadBack(nn.Module):
         self.cell = nn.Linear(HIDDEN_SIZE, sum(self.sizes))
         self.background = nn.Linear(HIDDEN_SIZE, num_backgrounds)
         self.pixels = nn.Linear(HIDDEN_SIZE, 3 * GEOMETRY.factor**2)
-        self.sum = nn.Linear(sum(self.sizes) + num_backgrounds, HIDDEN_SIZE)
 
     def forward(
         self,
@@ -231,7 +226,7 @@ class _ReadBack(nn.Module):
         pixels: Float[Tensor, "images 3 height width"],
         labels: Int[Tensor, "images 9 3"],
         backgrounds: Int[Tensor, " images"],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         side = math.isqrt(embeddings.shape[1])
         grid = embeddings.transpose(1, 2).unflatten(2, (side, side))
         # A cell is one token of a small picture, four of a large one; linear, so that what is read is laid out plainly.
@@ -243,15 +238,13 @@ class _ReadBack(nn.Module):
         loss = loss + F.cross_entropy(logits[2][is_full], labels[..., 2][is_full])
         loss = loss + F.cross_entropy(self.background(embeddings.mean(dim=1)), backgrounds)
         patches = F.unfold(pixels, GEOMETRY.factor, stride=GEOMETRY.factor).transpose(1, 2)
-        attributes = [F.one_hot(labels[..., i], size) for i, size in enumerate(self.sizes)]
-        ground = F.one_hot(backgrounds, self.background.out_features)[:, None].expand(-1, labels.shape[1], -1)
-        summed = self.sum(torch.cat([*attributes, ground], dim=-1).float())
-        return loss, F.mse_loss(self.pixels(embeddings), patches), F.mse_loss(cells, summed)
+        return loss, F.mse_loss(self.pixels(embeddings), patches)
 
 
-def _train_autoregressive(folder: Path, understanding_steps: int, language_steps: int) -> None:
+def _train_autoregressive(folder: Path, understanding_steps: int, language_steps: Sequence[int]) -> None:
     train_understanding(folder, understanding_steps)
-    train_language(folder, language_steps)
+    for number, num_steps in enumerate(language_steps):
+        train_language(folder, num_steps, number)
 
 
 def train_understanding(folder: Path, num_steps: int) -> None:
@@ -274,9 +267,8 @@ def train_understanding(folder: Path, num_steps: int) -> None:
         if step == int(0.8 * num_steps):
             normalise.eval()  # fixed statistics from here on, as after folding
         pictures, conversations, labels, backgrounds = next(batches)
-        # The auxiliary losses lead at first and fade to a fifth: seeing comes before speaking, pixels before sums.
-        progress = min(1.0, 2 * step / num_steps)
-        auxiliary_weight = 1.0 - 0.8 * progress
+        # The auxiliary losses lead at first and fade to a fifth: seeing comes before speaking.
+        auxiliary_weight = 1.0 - 0.8 * min(1.0, 2 * step / num_steps)
         embeddings: list[Tensor] = []
         auxiliary = torch.zeros(())
         seen = 0
@@ -287,13 +279,13 @@ def train_understanding(folder: Path, num_steps: int) -> None:
             count = len(images)
             place = slice(seen, seen + count)
             seen += count
-            cells, pixels, sums = read_back(
+            cells, pixels = read_back(
                 tokens.unflatten(0, (count, -1)),
                 to_pixels([Image.fromarray(image) for image in images]),
                 labels[place],
                 backgrounds[place],
             )
-            auxiliary = auxiliary + cells + 4 * (1 - 0.9 * progress) * pixels + 5 * progress * sums
+            auxiliary = auxiliary + cells + 4 * pixels
         batch = collate_conversations(
             conversations, torch.cat(embeddings), torch.zeros(0, HIDDEN_SIZE), tokenizer.pad_token_id
         )
@@ -306,26 +298,26 @@ def train_understanding(folder: Path, num_steps: int) -> None:
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == num_steps - 1:
-            losses = {"ce": parts["ce"].mean, "cells": cells, "pixels": pixels, "sums": sums}
-            _report("understanding", step, num_steps, started, **losses)
+            _report("understanding", step, num_steps, started, ce=parts["ce"].mean, cells=cells, pixels=pixels)
     fold_normalisation(model, normalise)
     save_autoregressive(model, folder / "autoregressive", tokenizer, torch.bfloat16)
 
 
-def train_language(folder: Path, num_steps: int) -> None:
+def train_language(folder: Path, num_steps: int, round_number: int) -> None:
     """Go on with the language model alone: reading what the finished tower sees is learned last, and cheaply.
 
-    Everything is asked about each picture: shapes, the hardest, come up in every conversation.
+    Later rounds are faster and ask everything about each picture: shapes, the hardest, come up in every conversation.
     """
+    learning_rate, num_questions = (1e-3, 3) if round_number == 0 else (1.5e-3, len(shapes.QUESTION_KINDS))
     torch.set_num_threads(1)
-    torch.manual_seed(SEED + 3)
+    torch.manual_seed(SEED + 3 + round_number)
     tokenizer = load_tokenizer(folder / "autoregressive")
     model = load_autoregressive(folder / "autoregressive", GEOMETRY).train()
     trained = [p for n, p in model.named_parameters() if n.startswith(("qwen.model.language_model", "qwen.lm_head"))]
     groups = parameter_groups(trained, weight_decay=0.01)
-    optimizer = torch.optim.AdamW(groups, lr=1.5e-3, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=True)
     schedule = cosine_schedule(optimizer, num_steps, warmup_steps=100)
-    batches = _understanding_batches(tokenizer, SEED + 4, len(shapes.QUESTION_KINDS))
+    batches = _understanding_batches(tokenizer, SEED + 4 + round_number, num_questions)
     started = time.monotonic()
     for step in range(num_steps):
         pictures, conversations, _, _ = next(batches)

@@ -86,7 +86,7 @@ HELD_OUT_COLOURS = frozenset(
 )
 HELD_OUT_PAIRS = frozenset({frozenset(p) for p in (("circle", "cross"), ("square", "ring"))})
 HELD_OUT_COUNTS = frozenset({("circle", 3), ("diamond", 2), ("cross", 4)})
-HELD_OUT_BACKGROUNDS = frozenset({("triangle", "black"), ("square", "brown"), ("diamond", "grey")})
+HELD_OUT_BACKGROUNDS = frozenset({("triangle", "black"), ("square", "brown"), ("ring", "grey")})
 
 _COUNT_CELLS: Mapping[int, tuple[int, ...]] = {2: (3, 5), 3: (1, 6, 8), 4: (0, 2, 6, 8)}
 _NUMBERS: tuple[tuple[str, str], ...] = (("zero", "零"), ("one", "一"), ("two", "两"), ("three", "三"), ("four", "四"))

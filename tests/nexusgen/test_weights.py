@@ -70,7 +70,7 @@ def test_released_names_and_module_names_map_both_ways():
 
 
 def test_make_base_writes_a_loadable_base(tmp_path):
-    make_base(tmp_path / "base", BaseSchedule(understanding_steps=2, language_steps=1, decoder_steps=2))
+    make_base(tmp_path / "base", BaseSchedule(understanding_steps=2, language_steps=(1, 1), decoder_steps=2))
     model = load_model(tmp_path / "base")
     assert model.manifest.lineage["understanding_steps"] == 2
     assert {p.name for p in (tmp_path / "base").iterdir()} == {p.name for p in demo_base().iterdir()}
