@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -86,7 +87,7 @@ HELD_OUT_COLOURS = frozenset(
 )
 HELD_OUT_PAIRS = frozenset({frozenset(p) for p in (("circle", "cross"), ("square", "ring"))})
 HELD_OUT_COUNTS = frozenset({("circle", 3), ("diamond", 2), ("cross", 4)})
-HELD_OUT_BACKGROUNDS = frozenset({("triangle", "black"), ("square", "brown"), ("ring", "grey")})
+HELD_OUT_BACKGROUNDS = frozenset({("triangle", "black"), ("square", "brown"), ("diamond", "grey")})
 
 _COUNT_CELLS: Mapping[int, tuple[int, ...]] = {2: (3, 5), 3: (1, 6, 8), 4: (0, 2, 6, 8)}
 _NUMBERS: tuple[tuple[str, str], ...] = (("zero", "零"), ("one", "一"), ("two", "两"), ("three", "三"), ("four", "四"))
@@ -294,6 +295,13 @@ def _name(thing: Thing, lang: Lang, has_size: bool = True) -> str:
     if lang == "zh":
         return f"{SIZES[thing.size][0] if has_size else ''}{COLOURS[thing.colour][0]}{SHAPES[thing.shape][2]}"
     return f"{thing.size + ' ' if has_size else ''}{thing.colour} {SHAPES[thing.shape][0]}"
+
+
+def chinese_words(text: str) -> list[str]:
+    """A Chinese text cut into the world's words, and single characters between them."""
+    named = [word[0] for names in (COLOURS, BACKGROUNDS, SIZES) for word in names.values()]
+    named += [word[2] for word in SHAPES.values()] + [name for _, name in CELLS] + ["背景"]
+    return re.findall("|".join([*sorted(set(named), key=len, reverse=True), "."]), text, re.DOTALL)
 
 
 def _a(words: str) -> str:

@@ -77,12 +77,14 @@ def evaluate(config: EvaluateConfig, parent_run_id: str | None = None) -> JobRep
         todo = [suite for suite in suites if stored[suite.path] is None]
         if todo:
             tags = {tracking.TAG_FINGERPRINT: manifest.fingerprint}
-            with tracking.job_run(
-                config.storage, config.name, "evaluate", dump_config(config), parent=parent_run_id, tags=tags
-            ) as run:
-                with runtime.ray_cluster(config.num_actors * config.actor_cpus + READER_CPUS, "evaluate"):
-                    for suite in todo:
-                        stored[suite.path] = _run(suite, config, manifest, run)
+            with (
+                runtime.ray_cluster(config.num_actors * config.actor_cpus + READER_CPUS, "evaluate"),
+                tracking.job_run(
+                    config.storage, config.name, "evaluate", dump_config(config), parent=parent_run_id, tags=tags
+                ) as run,
+            ):
+                for suite in todo:
+                    stored[suite.path] = _run(suite, config, manifest, run)
                 report = _report(meter, manifest.fingerprint, stored, reused=False)
                 run.log_report(report)
         else:

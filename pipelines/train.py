@@ -143,9 +143,7 @@ def train(config: TrainConfig, parent_run_id: str | None = None) -> JobReport:
         _check_parts(config, manifest)
         data, plan = _open(config, manifest)
         place = checkpoint.stage_folder(config.storage, config.name, config.stage)
-        if config.fresh:
-            checkpoint.forget(place)
-        found = checkpoint.latest(place)
+        found = None if config.fresh else checkpoint.latest(place)
         if found is not None:
             _check_same_training(config, plan, manifest, found)
             if found.meta.step >= config.num_steps:
@@ -164,6 +162,8 @@ def train(config: TrainConfig, parent_run_id: str | None = None) -> JobReport:
                 resume_run_id=found.meta.run_id if found is not None else None,
             ) as run,
         ):
+            if config.fresh:
+                checkpoint.forget(place)
             run.set_tags({tracking.TAG_FINGERPRINT: manifest.fingerprint})
             for entry in data.inputs:
                 run.log_dataset_input(entry.name, entry.uri, entry.digest, run_id=entry.run_id)

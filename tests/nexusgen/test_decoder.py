@@ -147,7 +147,7 @@ def test_folder_round_trip_and_plain_diffusers_opens_it(decoder: VisionDecoder, 
     for name, tensor in decoder.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
     with torch.no_grad():
-        assert torch.equal(decoder(**inputs()), again(**inputs()))
+        torch.testing.assert_close(again(**inputs()), decoder(**inputs()))  # threads may round differently
     plain, info = FluxTransformer2DModel.from_pretrained(tmp_path / "transformer", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -205,8 +205,9 @@ def test_released_files_load_strictly(decoder: VisionDecoder, tmp_path: Path, su
     with torch.device("meta"):
         loaded = VisionDecoder.from_config(CONFIG, TRANSFORMER)
     load_released_weights(loaded, path)
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in decoder.state_dict().items())
     with torch.no_grad():
-        assert torch.equal(loaded(**inputs()), decoder(**inputs()))
+        torch.testing.assert_close(loaded(**inputs()), decoder(**inputs()))  # threads may round differently
     del released["adapter.4.bias"]
     save(released, path)
     with pytest.raises(ModelError, match=r"missing conditioner\.4\.bias"):

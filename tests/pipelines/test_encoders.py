@@ -123,7 +123,7 @@ def test_equal_images_are_encoded_once_and_batches_keep_their_budget(model: Mode
             return [Entry((1, 1), str(number).encode()) for number in range(len(images))]
 
     counting = Counting()
-    square = picture(7, 64, 64)
+    square = picture(7, 96, 96)
     rows, _ = encode(
         model,
         counting,
