@@ -14,6 +14,8 @@ from nexusgen.errors import ShapeError
 
 TokenPositions = Literal["zeros", "grid"]
 
+_MERGER_SPAN = 36.0  # positions on a side of an image in the editing conditioner
+
 
 def conversation_positions(
     input_ids: Int[np.ndarray, " length"], grids: Sequence[tuple[int, int]], image_token_id: int
@@ -66,18 +68,31 @@ def flux_image_ids(latent_hw: tuple[int, int]) -> Float[Tensor, "tokens 3"]:
 
 
 def flux_token_ids(
-    token_grid: tuple[int, int], latent_hw: tuple[int, int], mode: TokenPositions
+    token_grid: tuple[int, int], latent_hw: tuple[int, int], mode: TokenPositions, image_index: int = 0
 ) -> Float[Tensor, "tokens 3"]:
     """Rope ids of the image embeddings that condition the transformer.
 
-    `zeros`: all (0, 0, 0), as the released generation decoder. `grid`: the tokens are laid over the image, (0,
-    row * latent_height / (2 grid_height), column * latent_width / (2 grid_width)), fractions kept: the released editing
-    decoder's rule for target tokens (its 18 is the grid in patches, twice the grid in tokens).
+    `zeros`: all (0, 0, 0), as the released generation decoder. `grid`: the tokens are laid over the image,
+    (image_index, row * latent_height / (2 grid_height), column * latent_width / (2 grid_width)), fractions kept: the
+    released editing decoder's rule (its 18 is the grid in patches, twice the grid in tokens), in which the target has
+    index 0 and the reference 1.
     """
     rows, columns = token_grid
     if mode == "zeros":
         return torch.zeros(rows * columns, 3)
-    return _grid_ids(token_grid, (latent_hw[0] / (2 * rows), latent_hw[1] / (2 * columns)))
+    ids = _grid_ids(token_grid, (latent_hw[0] / (2 * rows), latent_hw[1] / (2 * columns)))
+    ids[:, 0] = image_index
+    return ids
+
+
+def merger_positions(grids: Sequence[tuple[int, int]]) -> Float[Tensor, "3 tokens"]:
+    """Positions (0, row, column) of images' tokens in the editing conditioner, one image after another.
+
+    Every image spans the same 36 positions on each side, so that tokens of the same place overlap; fractions are kept.
+    Source: Nexus-Gen, `modeling/decoder` (`embedding_merger`): 72 over the grid in patches, two patches a token.
+    """
+    ids = [_grid_ids(grid, (_MERGER_SPAN / grid[0], _MERGER_SPAN / grid[1])) for grid in grids]
+    return torch.cat(ids).T
 
 
 def _grid_ids(grid: tuple[int, int], step: tuple[float, float]) -> Float[Tensor, "tokens 3"]:

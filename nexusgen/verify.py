@@ -1,7 +1,7 @@
 """Numeric proof of equality with the reference: runs every case recorded in a golden folder and compares.
 
-A golden folder holds any of `ar/`, `gen_decoder/` (each with weights in the released layout, inputs and recorded
-outputs); the folder may also be one of them itself. Tolerances stand in `comparison.py`, never in the data.
+A golden folder holds any of `ar/`, `gen_decoder/`, `edit_decoder/` (each with weights in the released layout, inputs
+and recorded outputs); the folder may also be one of them itself. Tolerances are fixed in `comparison.py`, not in data.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from nexusgen.comparison import Case
 from nexusgen.errors import InputError
 from nexusgen.verify_autoregressive import verify_autoregressive
-from nexusgen.verify_decoder import verify_generation_decoder
+from nexusgen.verify_decoder import DECODER_FILES, verify_decoder
 
 
 def verify(folder: Path) -> Iterator[Case]:
@@ -22,14 +22,14 @@ def verify(folder: Path) -> Iterator[Case]:
     torch.set_num_threads(1)
     found = False
     for candidate in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())) if folder.is_dir() else ():
-        if (candidate / "generation_decoder.bin").is_file() and (candidate / "io.safetensors").is_file():
+        if any((candidate / name).is_file() for name in DECODER_FILES) and (candidate / "io.safetensors").is_file():
             found = True
-            yield from verify_generation_decoder(candidate)
+            yield from verify_decoder(candidate)
         elif (candidate / "config.json").is_file() and (candidate / "expected.json").is_file():
             found = True
             yield from verify_autoregressive(candidate)
     if not found:
         raise InputError(
             f"{folder}: no golden set found; expected a folder with config.json and expected.json (autoregressive) or "
-            "generation_decoder.bin and io.safetensors (decoder), or a folder of such folders"
+            "generation_decoder.bin or edit_decoder.bin with io.safetensors (decoder), or a folder of such folders"
         )

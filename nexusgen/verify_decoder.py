@@ -1,14 +1,19 @@
-"""Equality of the generation decoder with the reference: conditioner, prediction, training step and Euler sampling."""
+"""Equality of both vision decoders with the reference: conditioner, prediction, training step and Euler sampling.
+
+The README of a golden set gives the mathematics. A set may hold any subset of the cases, at any sizes that its files
+state; what it holds, all of it, is compared.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,41 +28,95 @@ from nexusgen.comparison import (
     compare_l2,
 )
 from nexusgen.losses import total_loss
-from nexusgen.model.decoder import DecoderConfig, VisionDecoder, load_released_weights
+from nexusgen.model.conditioners import MergerConfig
+from nexusgen.model.decoder import ConditionerKind, DecoderConfig, VisionDecoder, load_released_weights, released_shapes
 from nexusgen.model.decoder_keys import to_released
-from nexusgen.positions import flux_image_ids, flux_token_ids
+from nexusgen.positions import flux_image_ids, merger_positions
 
 Recorded = Mapping[str, Shaped[Tensor, "..."]]
 
 
-def verify_generation_decoder(folder: Path) -> Iterator[Case]:
-    """Run every case of a golden set of the generation decoder; the README in the set gives the mathematics."""
+# The file of weights that makes a folder a golden set, and the kind of decoder it holds.
+DECODER_FILES: Mapping[str, ConditionerKind] = {"generation_decoder.bin": "generation", "edit_decoder.bin": "editing"}
+
+
+@dataclass(frozen=True)
+class _GoldenSet:
+    """One golden set of a decoder: its tensors and sizes, and the decoder that the released file makes."""
+
+    folder: Path
+    kind: ConditionerKind
+    expected: Mapping[str, Any]
+    recorded: Recorded
+    decoder: VisionDecoder
+
+    def name(self, case: str) -> str:
+        return f"{self.kind}_decoder.{case}"
+
+    def has(self, *names: str) -> bool:
+        return all(name in self.recorded for name in names)
+
+    @property
+    def reference(self) -> Tensor | None:
+        return self.recorded.get("ref_embeds")
+
+
+def verify_decoder(folder: Path) -> Iterator[Case]:
+    """Run every case of a golden set of a decoder. Raises: ModelError if its weights can't be loaded."""
+    kind = next(kind for name, kind in DECODER_FILES.items() if (folder / name).is_file())
     expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
-    recorded = load_file(folder / "io.safetensors")
-    decoder = golden_decoder(folder, torch.float32)
-    yield from _weights(decoder, folder)
-    yield from _prediction(decoder, golden_decoder(folder, torch.bfloat16), recorded, tuple(expected["latent"]))
-    yield from _schedule(recorded)
-    for index, step in enumerate(expected["train"]):
-        yield from _training_step(decoder, recorded, f"train{index}", step["timestep_id"])
+    golden = _GoldenSet(
+        folder, kind, expected, load_file(folder / "io.safetensors"), golden_decoder(folder, kind, torch.float32)
+    )
+    yield from _weights(golden)
+    yield from _context(golden)
+    yield from _prediction(golden)
+    yield from _schedule(golden)
+    for index, step in enumerate(expected.get("train", ())):
+        yield from _training_step(golden, f"train{index}", step["timestep_id"])
     for name in ("euler.nocfg", "euler.cfg3"):
-        yield from _sampling(decoder, recorded, name, expected[name])
+        if golden.has(f"{name}.trajectory"):
+            yield from _sampling(golden, name, expected[name])
+    yield from _sampling_without_reference(golden)
 
 
-def golden_decoder(folder: Path, dtype: torch.dtype) -> VisionDecoder:
-    """The tiny decoder of a golden set, from its `generation_decoder.bin`."""
-    sizes = json.loads((folder / "expected.json").read_text(encoding="utf-8"))["dit"]
-    recorded = load_file(folder / "io.safetensors")
-    config = DecoderConfig(embedding_dim=recorded["embeds"].shape[-1], context_dim=sizes["ctx"])
+def golden_decoder(folder: Path, kind: ConditionerKind, dtype: torch.dtype) -> VisionDecoder:
+    """The decoder of a golden set, from its released file, at the sizes that the set states."""
+    expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
+    sizes = expected["dit"]
+    path = next(folder / name for name, of_kind in DECODER_FILES.items() if of_kind == kind)
+    weights = released_shapes(path)
+    embedding_name = "adapter.0.weight" if kind == "generation" else "embedding_merger.projector.1.weight"
+    config = DecoderConfig(
+        conditioner=kind,
+        embedding_dim=weights[embedding_name][1],
+        context_dim=sizes["ctx"],
+        token_positions="zeros" if kind == "generation" else "grid",
+        merger=_merger_config(expected) if kind == "editing" else None,
+    )
+    channels = weights["pipe.dit.x_embedder.weight"][1]
     with torch.device("meta"):
-        decoder = VisionDecoder.from_config(config, _transformer_sizes(sizes, recorded["pred.latents"].shape[1]))
-    load_released_weights(decoder, folder / "generation_decoder.bin", dtype)
+        decoder = VisionDecoder.from_config(config, _transformer_sizes(sizes, channels))
+    load_released_weights(decoder, path, dtype)
     return decoder.eval()
 
 
-def _transformer_sizes(sizes: Mapping[str, Any], latent_channels: int) -> dict[str, Any]:
+def _merger_config(expected: Mapping[str, Any]) -> MergerConfig:
+    sizes = expected["merger_config"]
+    return MergerConfig(
+        intermediate_size=sizes["intermediate_size"],
+        num_attention_heads=sizes["num_attention_heads"],
+        num_key_value_heads=sizes["num_key_value_heads"],
+        rms_norm_eps=sizes["rms_norm_eps"],
+        rope_theta=sizes["rope_theta"],
+        mrope_section=tuple(sizes["rope_scaling"]["mrope_section"]),
+        expand_ratio=expected.get("expand_ratio", 4),
+    )
+
+
+def _transformer_sizes(sizes: Mapping[str, Any], packed_channels: int) -> dict[str, Any]:
     return {
-        "in_channels": 4 * latent_channels,
+        "in_channels": packed_channels,
         "num_layers": sizes["nb"],
         "num_single_layers": sizes["ns"],
         "attention_head_dim": sizes["dim"] // sizes["heads"],
@@ -69,36 +128,73 @@ def _transformer_sizes(sizes: Mapping[str, Any], latent_channels: int) -> dict[s
     }
 
 
-def _weights(decoder: VisionDecoder, folder: Path) -> Iterator[Case]:
+def _weights(golden: _GoldenSet) -> Iterator[Case]:
     """Released names to ours and back must give the file again, bit for bit."""
-    exported = to_released(decoder.state_dict())
-    want = load_file(folder / "weights.safetensors")
+    if not (golden.folder / "weights.safetensors").is_file():
+        return
+    exported = to_released(golden.decoder.state_dict(), golden.kind)
+    want = load_file(golden.folder / "weights.safetensors")
     names = sorted(want)
     complete = torch.tensor(float(names == sorted(exported)))
-    yield compare_exact("generation_decoder.weights.names", complete, torch.ones(()))
-    same = [torch.equal(exported[name], want[name]) for name in names if name in exported]
-    yield compare_exact("generation_decoder.weights.tensors", torch.tensor(same), torch.ones(len(names)))
+    yield compare_exact(golden.name("weights.names"), complete, torch.ones(()))
+    same = [name in exported and torch.equal(exported[name], want[name]) for name in names]
+    yield compare_exact(golden.name("weights.tensors"), torch.tensor(same).float(), torch.ones(len(names)))
 
 
 @torch.no_grad()
-def _prediction(
-    decoder: VisionDecoder, decoder_bf16: VisionDecoder, recorded: Recorded, latent_hw: tuple[int, int]
-) -> Iterator[Case]:
-    context = decoder.context(recorded["embeds"])
-    yield compare("generation_decoder.context", context, recorded["context"], FP32_TOLERANCE)
-    image_ids = flux_image_ids(latent_hw)
-    yield compare_exact("generation_decoder.image_ids", image_ids, recorded["train.image_ids"][0])
-    token_ids = flux_token_ids(decoder.config.token_grid, latent_hw, decoder.config.token_positions)
-    yield compare_exact("generation_decoder.text_ids", token_ids, recorded["train.text_ids"][0])
+def _context(golden: _GoldenSet) -> Iterator[Case]:
+    recorded, decoder = golden.recorded, golden.decoder
+    if golden.has("embeds", "context"):
+        context = decoder.context(recorded["embeds"], golden.reference)
+        yield compare(golden.name("context"), context, recorded["context"], FP32_TOLERANCE)
+    if golden.has("embeds", "context_without_ref"):
+        context = decoder.context(recorded["embeds"])
+        yield compare(golden.name("context_without_ref"), context, recorded["context_without_ref"], FP32_TOLERANCE)
+    if golden.has("merger_position_ids"):
+        want = recorded["merger_position_ids"]
+        got = merger_positions([decoder.config.token_grid, decoder.reference_grid])[:, None].expand(want.shape)
+        yield compare(golden.name("merger_position_ids"), got, want, FP32_TOLERANCE)
+    if golden.has("odd.embeds", "odd.ref_embeds", "odd.position_ids", "odd.context"):
+        want = recorded["odd.position_ids"]
+        lengths = recorded["odd.embeds"].shape[1], recorded["odd.ref_embeds"].shape[1]
+        target, reference = (_grid(part) for part in want[:, 0].split(lengths, dim=1))
+        got = merger_positions([target, reference])[:, None]
+        yield compare(golden.name("odd.position_ids"), got, want, FP32_TOLERANCE)
+        context = decoder.conditioner(recorded["odd.embeds"], target, recorded["odd.ref_embeds"], reference)
+        yield compare(golden.name("odd.context"), context, recorded["odd.context"], FP32_TOLERANCE)
 
-    latents, timestep = recorded["pred.latents"], recorded["pred.timestep"].expand(len(recorded["pred.latents"]))
-    got = decoder.velocity(latents, timestep, recorded["context"], recorded["pooled_clip"], token_ids)
-    yield compare("generation_decoder.pred.out", got, recorded["pred.out"], FP32_TOLERANCE)
-    got = decoder_bf16.velocity(latents, timestep, recorded["context"], recorded["pooled_clip"], token_ids)
-    yield compare_l2("generation_decoder.pred.out_bf16", got, recorded["pred.out_bf16"], BF16_TOLERANCE)
+
+def _grid(positions: Float[Tensor, "3 tokens"]) -> tuple[int, int]:
+    """The token grid that recorded positions are of: the set states it in no other way that a program can read."""
+    return len(positions[1].unique()), len(positions[2].unique())
 
 
-def _schedule(recorded: Recorded) -> Iterator[Case]:
+@torch.no_grad()
+def _prediction(golden: _GoldenSet) -> Iterator[Case]:
+    recorded, decoder = golden.recorded, golden.decoder
+    latents = recorded.get("pred.latents", recorded.get("train.latents"))
+    if latents is None:
+        return
+    token_ids = decoder.token_ids(latents, golden.reference is not None)
+    if golden.has("train.image_ids"):
+        image_ids = flux_image_ids((latents.shape[-2], latents.shape[-1]))
+        yield compare_exact(golden.name("image_ids"), image_ids, recorded["train.image_ids"][0])
+    if golden.has("train.text_ids"):
+        yield compare(golden.name("text_ids"), token_ids, recorded["train.text_ids"][0], FP32_TOLERANCE)
+    if golden.has("pred.latents", "pred.timestep", "context", "pooled_clip"):
+        timestep = recorded["pred.timestep"].expand(len(latents))
+        conditions = recorded["context"], recorded["pooled_clip"]
+        if golden.has("pred.out"):
+            got = decoder.velocity(latents, timestep, *conditions, token_ids)
+            yield compare(golden.name("pred.out"), got, recorded["pred.out"], FP32_TOLERANCE)
+        if golden.has("pred.out_bf16"):
+            in_bf16 = golden_decoder(golden.folder, golden.kind, torch.bfloat16)
+            rounded = token_ids.bfloat16().float()  # as the released code has them in bf16
+            got = in_bf16.velocity(latents, timestep, *conditions, rounded)
+            yield compare_l2(golden.name("pred.out_bf16"), got, recorded["pred.out_bf16"], BF16_TOLERANCE)
+
+
+def _schedule(golden: _GoldenSet) -> Iterator[Case]:
     scheduler = flow_matching.make_scheduler()
     table = flow_matching.training_table(scheduler)
     for name, got in (
@@ -107,46 +203,72 @@ def _schedule(recorded: Recorded) -> Iterator[Case]:
         ("sched50.sigmas", flow_matching.inference_sigmas(scheduler, 50)[:-1]),
         ("sched50.timesteps", flow_matching.inference_sigmas(scheduler, 50)[:-1] * 1000),
     ):
-        yield compare(f"generation_decoder.{name}", got, recorded[name], FP32_TOLERANCE)
+        if golden.has(name):
+            yield compare(golden.name(name), got, golden.recorded[name], FP32_TOLERANCE)
 
 
-def _training_step(decoder: VisionDecoder, recorded: Recorded, name: str, level: int) -> Iterator[Case]:
+def _training_step(golden: _GoldenSet, name: str, level: int) -> Iterator[Case]:
+    recorded, decoder = golden.recorded, golden.decoder
+    if not golden.has("train.latents", "train.noise", "embeds", "pooled_clip"):
+        return
     clean, noise = recorded["train.latents"], recorded["train.noise"]
     table = flow_matching.training_table(flow_matching.make_scheduler())
     levels = torch.full((len(clean),), level)
     noisy = flow_matching.interpolate(clean, noise, table.sigmas[levels])
-    yield compare(f"generation_decoder.{name}.noisy", noisy, recorded[f"{name}.noisy"], FP32_TOLERANCE)
-
     decoder.zero_grad()
-    prediction = decoder(noisy, table.timesteps[levels], recorded["embeds"], recorded["pooled_clip"])
-    yield compare(f"generation_decoder.{name}.pred", prediction, recorded[f"{name}.pred"], FP32_TOLERANCE)
+    prediction = decoder(noisy, table.timesteps[levels], recorded["embeds"], recorded["pooled_clip"], golden.reference)
     target = flow_matching.velocity_target(clean, noise)
     parts = flow_matching.flow_loss(prediction, target, table.weights[levels])
     loss = total_loss(parts, flow_matching.FLOW_WEIGHTS)
-    yield compare(f"generation_decoder.{name}.loss", loss.reshape(1), recorded[f"{name}.loss"], FP32_TOLERANCE)
+    for part, got in (("noisy", noisy), ("pred", prediction), ("loss", loss.reshape(1))):
+        if golden.has(f"{name}.{part}"):
+            yield compare(golden.name(f"{name}.{part}"), got, recorded[f"{name}.{part}"], FP32_TOLERANCE)
 
     loss.backward()
-    gradients = to_released({key: p.grad for key, p in decoder.named_parameters() if p.grad is not None})
+    gradients = to_released({key: p.grad for key, p in decoder.named_parameters() if p.grad is not None}, golden.kind)
     prefix = f"{name}.grad."
     for key in sorted(key for key in recorded if key.startswith(prefix)):
-        got = gradients[key.removeprefix(prefix)]
-        yield compare(f"generation_decoder.{key}", got, recorded[key], GRADIENT_TOLERANCE)
+        gradient = gradients.get(key.removeprefix(prefix), torch.empty(0))
+        yield compare(golden.name(key), gradient, recorded[key], GRADIENT_TOLERANCE)
 
 
 @torch.no_grad()
-def _sampling(decoder: VisionDecoder, recorded: Recorded, name: str, run: Mapping[str, Any]) -> Iterator[Case]:
+def _sampling(golden: _GoldenSet, name: str, run: Mapping[str, Any]) -> Iterator[Case]:
+    recorded, decoder = golden.recorded, golden.decoder
     scheduler, num_steps = flow_matching.make_scheduler(), run["num_inference_steps"]
     sigmas = flow_matching.inference_sigmas(scheduler, num_steps)
-    yield compare(f"generation_decoder.{name}.sigmas", sigmas, recorded[f"{name}.sigmas"], FP32_TOLERANCE)
+    if golden.has(f"{name}.sigmas"):
+        yield compare(golden.name(f"{name}.sigmas"), sigmas, recorded[f"{name}.sigmas"], FP32_TOLERANCE)
+    if golden.has(f"{name}.timesteps"):
+        yield compare(
+            golden.name(f"{name}.timesteps"), sigmas[:-1] * 1000, recorded[f"{name}.timesteps"], FP32_TOLERANCE
+        )
     start = recorded["euler.start_noise_seed42"]
     noise = flow_matching.initial_noise([42], tuple(start.shape[1:]))
-    yield compare_exact(f"generation_decoder.{name}.start_noise", noise, start)
+    yield compare_exact(golden.name(f"{name}.start_noise"), noise, start)
 
+    reference = golden.reference[:1] if golden.reference is not None else None
     velocity = decoder.velocity_function(
-        decoder.context(recorded["embeds"][:1]), recorded["pooled_clip"], recorded["neg_prompt_emb"], run["cfg_scale"]
+        decoder.context(recorded["embeds"][:1], reference),
+        recorded["pooled_clip"],
+        recorded.get("neg_prompt_emb"),
+        run["cfg_scale"],
+        has_reference=reference is not None,
     )
     trajectory: list[Tensor] = []
     final = flow_matching.euler_sample(velocity, noise, scheduler, num_steps, lambda _, x: trajectory.append(x))
     got = torch.cat(trajectory)
-    yield compare(f"generation_decoder.{name}.trajectory", got, recorded[f"{name}.trajectory"], FP32_TOLERANCE)
-    yield compare(f"generation_decoder.{name}.final", final, recorded[f"{name}.final"], FP32_TOLERANCE)
+    yield compare(golden.name(f"{name}.trajectory"), got, recorded[f"{name}.trajectory"], FP32_TOLERANCE)
+    yield compare(golden.name(f"{name}.final"), final, recorded[f"{name}.final"], FP32_TOLERANCE)
+
+
+@torch.no_grad()
+def _sampling_without_reference(golden: _GoldenSet) -> Iterator[Case]:
+    """Two steps of the editing decoder on target embeddings alone."""
+    recorded, decoder = golden.recorded, golden.decoder
+    if not golden.has("euler.noref2.final", "euler.start_noise_seed42", "embeds", "pooled_clip"):
+        return
+    velocity = decoder.velocity_function(decoder.context(recorded["embeds"][:1]), recorded["pooled_clip"])
+    noise = recorded["euler.start_noise_seed42"]
+    final = flow_matching.euler_sample(velocity, noise, flow_matching.make_scheduler(), 2)
+    yield compare(golden.name("euler.noref2.final"), final, recorded["euler.noref2.final"], FP32_TOLERANCE)

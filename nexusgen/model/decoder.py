@@ -16,17 +16,19 @@ from diffusers import FluxTransformer2DModel
 from diffusers.models.embeddings import CombinedTimestepGuidanceTextProjEmbeddings
 from huggingface_hub import save_torch_state_dict
 from jaxtyping import Float, Shaped
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 from torch import Tensor, nn
 
 from nexusgen import defaults
 from nexusgen.config import Config
 from nexusgen.errors import ModelError, ShapeError
 from nexusgen.flow_matching import VelocityFunction, guide
-from nexusgen.model.conditioners import GenerationConditioner
+from nexusgen.model.conditioners import EditingConditioner, GenerationConditioner, MergerConfig
 from nexusgen.model.decoder_keys import from_released
 from nexusgen.model.tensors import iterate_file, iterate_tensors, load_strictly, save_tensors
 from nexusgen.positions import TokenPositions, flux_image_ids, flux_token_ids
+
+ConditionerKind = Literal["generation", "editing"]
 
 _TOKENS_PER_SIDE = defaults.TARGET_SIZE // (defaults.PATCH_SIZE * defaults.MERGE_SIZE)
 _SINUSOID_SIZE = 256  # FLUX.1 [dev], fixed in diffusers' class
@@ -39,12 +41,21 @@ _TRANSFORMER_STEM = "diffusion_pytorch_model"
 class DecoderConfig(Config):
     """What a decoder folder's `conditioner.json` says; the defaults are the released generation decoder's."""
 
-    conditioner: Literal["generation"] = "generation"
+    conditioner: ConditionerKind = "generation"
     embedding_dim: int = 3584  # hidden size of Qwen2.5-VL-7B
     context_dim: int = 4096  # `joint_attention_dim` of FLUX.1 [dev]
     token_grid: tuple[int, int] = (_TOKENS_PER_SIDE, _TOKENS_PER_SIDE)  # (height, width) of the image's embeddings
     token_positions: TokenPositions = "zeros"
     guidance_scale: float = defaults.GUIDANCE_SCALE
+    merger: MergerConfig | None = None  # of an editing conditioner, which must have one
+
+    @model_validator(mode="after")
+    def _check(self) -> DecoderConfig:
+        if (self.merger is not None) != (self.conditioner == "editing"):
+            raise ValueError(
+                f"conditioner is {self.conditioner}: merger belongs to an editing conditioner, and only there"
+            )
+        return self
 
 
 # Source: the transformer's config.json on FLUX.1 [dev]'s model page.
@@ -62,9 +73,11 @@ RELEASED_TRANSFORMER: Mapping[str, Any] = {
 }
 
 
-def released_decoder_config() -> tuple[DecoderConfig, dict[str, Any]]:
-    """Sizes of the released generation decoder: its own config and that of its FLUX.1 [dev] transformer."""
-    return DecoderConfig(), dict(RELEASED_TRANSFORMER)
+def released_decoder_config(conditioner: ConditionerKind = "generation") -> tuple[DecoderConfig, dict[str, Any]]:
+    """Sizes of a released decoder: its own config and that of its FLUX.1 [dev] transformer."""
+    positions: TokenPositions = "zeros" if conditioner == "generation" else "grid"
+    merger = MergerConfig() if conditioner == "editing" else None
+    return DecoderConfig(conditioner=conditioner, token_positions=positions, merger=merger), dict(RELEASED_TRANSFORMER)
 
 
 class ModulationEmbedding(nn.Module):
@@ -128,7 +141,11 @@ class VisionDecoder(nn.Module):
             raise ModelError("the transformer has no guidance embedding (guidance_embeds); FLUX.1 [dev]'s is needed")
         transformer.time_text_embed = ModulationEmbedding(transformer.time_text_embed)
         self.config = config
-        self.conditioner = GenerationConditioner(config.embedding_dim, config.context_dim)
+        self.conditioner: GenerationConditioner | EditingConditioner
+        if config.merger is None:
+            self.conditioner = GenerationConditioner(config.embedding_dim, config.context_dim)
+        else:
+            self.conditioner = EditingConditioner(config.embedding_dim, config.context_dim, config.merger)
         self.transformer = transformer
 
     @classmethod
@@ -141,34 +158,71 @@ class VisionDecoder(nn.Module):
         """Of the weights. Inputs are brought to it; under autocast it stays that of the master weights."""
         return cast(torch.dtype, self.transformer.x_embedder.weight.dtype)
 
+    @property
+    def reference_grid(self) -> tuple[int, int]:
+        """Token grid of the picture that is edited. Raises: ModelError if this is a generation decoder."""
+        if self.config.merger is None:
+            raise ModelError("a generation decoder takes no reference image; use the editing decoder")
+        return self.config.merger.reference_grid
+
     def forward(
         self,
         latents: Float[Tensor, "batch channels height width"],
         timestep: Float[Tensor, " batch"],
         embeddings: Float[Tensor, "batch tokens embedding"],
         pooled: Float[Tensor, "rows pooled"],
+        reference: Float[Tensor, "batch reference_tokens embedding"] | None = None,
     ) -> Float[Tensor, "batch channels height width"]:
         """Velocity of latents at `timestep` (0..1000, one per sample) under image embeddings.
 
-        `pooled` stands for CLIP's embedding of the prompt: one row, because the prompt is always empty.
+        `pooled` stands for CLIP's embedding of the prompt: one row, because the prompt is always empty. `reference`
+        holds the embeddings of the picture that is edited; an editing decoder can do without.
         """
-        return self.velocity(latents, timestep, self.context(embeddings), pooled, self.token_ids(latents))
+        context = self.context(embeddings, reference)
+        return self.velocity(latents, timestep, context, pooled, self.token_ids(latents, reference is not None))
 
-    def context(self, embeddings: Float[Tensor, "batch tokens embedding"]) -> Float[Tensor, "batch tokens context"]:
-        """What the transformer attends to; sampling computes it once. Raises: ShapeError on another size or count."""
-        rows, columns = self.config.token_grid
+    def context(
+        self,
+        embeddings: Float[Tensor, "batch tokens embedding"],
+        reference: Float[Tensor, "batch reference_tokens embedding"] | None = None,
+    ) -> Float[Tensor, "batch all_tokens context"]:
+        """What the transformer attends to; sampling computes it once.
+
+        Raises: ShapeError on another size or count; ModelError for a reference that a generation decoder can't use.
+        """
+        config = self.config
+        self._check_tokens("image embeddings", embeddings, config.token_grid)
+        embeddings = embeddings.to(self.dtype)
+        if isinstance(self.conditioner, GenerationConditioner):
+            if reference is not None:
+                self._check_tokens("reference embeddings", reference, self.reference_grid)
+            context: Tensor = self.conditioner(embeddings)
+            return context
+        if reference is not None:
+            self._check_tokens("reference embeddings", reference, self.reference_grid)
+            reference = reference.to(self.dtype)
+        merged: Tensor = self.conditioner(embeddings, config.token_grid, reference, self.reference_grid)
+        return merged
+
+    def _check_tokens(self, name: str, embeddings: Shaped[Tensor, "..."], grid: tuple[int, int]) -> None:
+        rows, columns = grid
         if embeddings.shape[1:] != (rows * columns, self.config.embedding_dim):
             raise ShapeError(
-                f"image embeddings of shape {tuple(embeddings.shape)}; this decoder takes {rows}x{columns} tokens of "
+                f"{name} of shape {tuple(embeddings.shape)}; this decoder takes {rows}x{columns} tokens of "
                 f"{self.config.embedding_dim} numbers"
             )
-        context: Tensor = self.conditioner(embeddings.to(self.dtype))
-        return context
 
-    def token_ids(self, latents: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "tokens 3"]:
+    def token_ids(
+        self, latents: Float[Tensor, "batch channels height width"], has_reference: bool = False
+    ) -> Float[Tensor, "tokens 3"]:
         """Rope ids of the context's tokens, for latents of this size."""
         height, width = latents.shape[-2:]
-        return flux_token_ids(self.config.token_grid, (height, width), self.config.token_positions)
+        config = self.config
+        ids = flux_token_ids(config.token_grid, (height, width), config.token_positions)
+        if not has_reference:
+            return ids
+        of_reference = flux_token_ids(self.reference_grid, (height, width), config.token_positions, image_index=1)
+        return torch.cat([ids, of_reference])
 
     def velocity(
         self,
@@ -198,6 +252,7 @@ class VisionDecoder(nn.Module):
         pooled: Float[Tensor, "rows pooled"],
         negative_context: Float[Tensor, "1 negative_tokens context"] | None = None,
         true_cfg_scale: float = 1.0,
+        has_reference: bool = False,
     ) -> VelocityFunction:
         """The velocity under one context, for `euler_sample`; two passes where `true_cfg_scale` isn't 1.
 
@@ -206,7 +261,7 @@ class VisionDecoder(nn.Module):
         """
 
         def conditional(latents: Tensor, timestep: Tensor) -> Tensor:
-            return self.velocity(latents, timestep, context, pooled, self.token_ids(latents))
+            return self.velocity(latents, timestep, context, pooled, self.token_ids(latents, has_reference))
 
         if true_cfg_scale == 1.0:
             return conditional
@@ -264,12 +319,17 @@ def _is_modulation(name: str, module: nn.Module) -> bool:
 
 
 def load_released_weights(decoder: VisionDecoder, path: Path, dtype: torch.dtype | None = None) -> None:
-    """Fill a decoder (it may be on meta) from a released `generation_decoder.bin` or its safetensors twin.
+    """Fill a decoder (may be on meta) from a released `generation_decoder.bin` or `edit_decoder.bin`, or safetensors.
 
     `dtype` None keeps the file's. Raises: ModelError if the file can't be read or its tensors don't fit exactly.
     """
     state = from_released(_read_released(path))
     load_strictly(decoder, {name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}, str(path))
+
+
+def released_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a released decoder's tensors by name. Raises: ModelError if the file can't be read."""
+    return {name: tuple(tensor.shape) for name, tensor in _read_released(path).items()}
 
 
 def _read_released(path: Path) -> dict[str, Shaped[Tensor, ...]]:
@@ -290,7 +350,9 @@ def save_decoder(decoder: VisionDecoder, folder: Path, dtype: torch.dtype) -> No
     """Write the decoder's folder, floating tensors in `dtype`; plain diffusers can open `transformer/`."""
     transformer_folder = folder / "transformer"
     transformer_folder.mkdir(parents=True, exist_ok=True)
-    (folder / "conditioner.json").write_text(decoder.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (folder / "conditioner.json").write_text(
+        decoder.config.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8"
+    )
     save_tensors(decoder.conditioner.state_dict(), folder / "conditioner.safetensors", dtype)
     decoder.transformer.to_json_file(transformer_folder / "config.json")
     state = {name: tensor.detach().to("cpu", dtype) for name, tensor in decoder.transformer.state_dict().items()}

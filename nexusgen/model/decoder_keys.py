@@ -1,8 +1,9 @@
 """Names of a vision decoder's tensors: the released checkpoint's and ours, both ways, as pure functions.
 
-The released checkpoint keeps the transformer under `pipe.dit.` with DiffSynth-Studio's names and the generation
-conditioner under `adapter.`; ours are `transformer.` with diffusers' names and `conditioner.`. DiffSynth stores query,
-key and value (in single blocks also the first layer of the MLP) as rows of one matrix; diffusers stores them apart.
+The released checkpoint keeps the transformer under `pipe.dit.` with DiffSynth-Studio's names and the conditioner under
+`adapter.` (generation) or `embedding_merger.` (editing); ours are `transformer.` with diffusers' names and
+`conditioner.`. DiffSynth stores query, key and value (in single blocks also the first layer of the MLP) as rows of one
+matrix; diffusers stores them apart.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor
 from nexusgen.errors import ModelError
 
 _RELEASED_PREFIX, _MODULE_PREFIX = "pipe.dit.", "transformer."
-_RELEASED_CONDITIONER, _MODULE_CONDITIONER = "adapter.", "conditioner."
+_MODULE_CONDITIONER = "conditioner."
+RELEASED_CONDITIONERS = {"generation": "adapter.", "editing": "embedding_merger."}
 
 # Released name without its last part (weight or bias) -> ours. `{n}` is a block's number.
 _SAME_TENSOR = {
@@ -66,15 +68,16 @@ _BLOCK_NUMBER = re.compile(r"^((?:single_)?(?:transformer_)?blocks)\.(\d+)\.")
 
 
 def from_released(released: Mapping[str, Shaped[Tensor, ...]]) -> dict[str, Shaped[Tensor, ...]]:
-    """Rename a released generation decoder to `VisionDecoder`'s names; stacked matrices become views of their rows.
+    """Rename a released decoder to `VisionDecoder`'s names; stacked matrices become views of their rows.
 
     Raises: ModelError naming every tensor that has no place in the decoder.
     """
     ours: dict[str, Tensor] = {}
     unknown: list[str] = []
     for name, tensor in released.items():
-        if name.startswith(_RELEASED_CONDITIONER):
-            ours[_MODULE_CONDITIONER + name.removeprefix(_RELEASED_CONDITIONER)] = tensor
+        prefix = next((p for p in RELEASED_CONDITIONERS.values() if name.startswith(p)), "")
+        if prefix:
+            ours[_MODULE_CONDITIONER + name.removeprefix(prefix)] = tensor
             continue
         pattern, number, leaf = _split(name.removeprefix(_RELEASED_PREFIX))
         if name.startswith(_RELEASED_PREFIX) and pattern in _SAME_TENSOR:
@@ -88,19 +91,21 @@ def from_released(released: Mapping[str, Shaped[Tensor, ...]]) -> dict[str, Shap
         else:
             unknown.append(name)
     if unknown:
-        raise ModelError(f"not tensors of a released generation decoder: {', '.join(unknown[:12])}")
+        raise ModelError(f"not tensors of a released decoder: {', '.join(unknown[:12])}")
     return ours
 
 
-def to_released(ours: Mapping[str, Shaped[Tensor, ...]]) -> dict[str, Shaped[Tensor, ...]]:
-    """The inverse of `from_released`: the released names, stacked matrices joined.
+def to_released(
+    ours: Mapping[str, Shaped[Tensor, ...]], conditioner: str = "generation"
+) -> dict[str, Shaped[Tensor, ...]]:
+    """The inverse of `from_released`: the released names of a decoder's kind, stacked matrices joined.
 
     Raises: ModelError naming a tensor without a released name, or a stacked matrix with a part missing.
     """
     released: dict[str, Tensor] = {}
     for name, tensor in ours.items():
         if name.startswith(_MODULE_CONDITIONER):
-            released[_RELEASED_CONDITIONER + name.removeprefix(_MODULE_CONDITIONER)] = tensor
+            released[RELEASED_CONDITIONERS[conditioner] + name.removeprefix(_MODULE_CONDITIONER)] = tensor
             continue
         pattern, number, leaf = _split(name.removeprefix(_MODULE_PREFIX))
         if pattern in _SAME_TENSOR_BACK:

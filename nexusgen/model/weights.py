@@ -35,10 +35,12 @@ from nexusgen.model.tensors import iterate_tensors, load_strictly, save_tensors
 from nexusgen.prompts import load_tokenizer
 from nexusgen.schema import MANIFEST_NAME
 
-PARTS = ("autoregressive", "generation_decoder", "vae")
+PARTS = ("autoregressive", "generation_decoder", "editing_decoder", "vae")
+DECODER_FOLDERS = {"generation_decoder": "decoders/generation", "editing_decoder": "decoders/editing"}
 _SMALL_FILES = (
     "autoregressive/tokenizer.json",
     "decoders/generation/conditioner.json",
+    "decoders/editing/conditioner.json",
     "scheduler/scheduler_config.json",
     "prompt_constants.safetensors",
 )
@@ -77,6 +79,7 @@ class Model:
     tokenizer: PreTrainedTokenizerBase | None = None
     autoregressive: AutoregressiveModel | None = None
     generation_decoder: VisionDecoder | None = None
+    editing_decoder: VisionDecoder | None = None
     autoencoder: ImageAutoencoder | None = None
     scheduler: FlowMatchEulerDiscreteScheduler | None = None
     pooled_prompt: Shaped[Tensor, "1 pooled"] | None = None  # CLIP of the empty prompt, a constant of the model
@@ -137,7 +140,10 @@ def load_model(
         model.tokenizer = load_tokenizer(folder / "autoregressive")
         model.autoregressive = load_autoregressive(folder / "autoregressive", manifest.geometry, dtype, device)
     if "generation_decoder" in wanted:
-        model.generation_decoder = load_decoder(folder / "decoders" / "generation", dtype, device)
+        model.generation_decoder = load_decoder(folder / DECODER_FOLDERS["generation_decoder"], dtype, device)
+    if "editing_decoder" in wanted:
+        model.editing_decoder = load_decoder(folder / DECODER_FOLDERS["editing_decoder"], dtype, device)
+    if set(wanted) & set(DECODER_FOLDERS):
         constants = load_file(folder / "prompt_constants.safetensors", device=str(device))
         model.pooled_prompt = constants["pooled_prompt"].to(dtype)
         model.negative_context = constants["negative_context"].to(dtype)
@@ -225,7 +231,7 @@ def _part_fingerprints(folder: Path) -> dict[str, str]:
         tensors = list(iterate_tensors(folder / "autoregressive"))
         fingerprints["autoregressive"] = tensors_fingerprint(tensors)
         fingerprints["vision"] = tensors_fingerprint((n, t) for n, t in tensors if n.startswith("visual."))
-    for part, place in (("generation_decoder", "decoders/generation"), ("vae", "vae")):
+    for part, place in (*DECODER_FOLDERS.items(), ("vae", "vae")):
         if (folder / place).is_dir():
             files = sorted((folder / place).rglob("*.safetensors"))
             tensors = [(f"{f.stem}/{name}", t) for f in files for name, t in load_file(f).items()]

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from nexusgen.errors import ModelError, ShapeError
+from nexusgen.model.conditioners import MergerConfig
 from nexusgen.model.decoder import (
     DecoderConfig,
     VisionDecoder,
@@ -155,6 +157,46 @@ def test_folder_round_trip_and_plain_diffusers_opens_it(decoder: VisionDecoder, 
     assert str(tmp_path) not in (tmp_path / "transformer" / "config.json").read_text()
 
 
+EDITING = DecoderConfig(
+    conditioner="editing",
+    embedding_dim=16,
+    context_dim=12,
+    token_grid=(2, 3),
+    token_positions="grid",
+    merger=MergerConfig(
+        reference_grid=(2, 2),
+        intermediate_size=20,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        mrope_section=(1, 1, 2),
+    ),
+)
+
+
+def test_an_editing_decoder_goes_through_a_folder_and_sees_its_reference(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    decoder = VisionDecoder.from_config(EDITING, TRANSFORMER).eval()
+    save_decoder(decoder, tmp_path, torch.float32)
+    again = load_decoder(tmp_path)
+    assert again.config == EDITING
+    batch = inputs() | {"embeddings": torch.randn(2, 6, 16)}
+    reference = torch.randn(2, 4, 16)
+    with torch.no_grad():
+        edited = decoder(**batch, reference=reference)
+        torch.testing.assert_close(again(**batch, reference=reference), edited)
+        assert (decoder(**batch) - edited).abs().max() > 1e-4
+    assert decoder.context(batch["embeddings"], reference).shape == (2, 10, 12)
+    with pytest.raises(ShapeError, match="2x2 tokens of 16"):
+        decoder.context(batch["embeddings"], reference[:, :3])
+
+
+def test_a_generation_decoder_takes_no_reference(decoder: VisionDecoder) -> None:
+    with pytest.raises(ModelError, match="editing decoder"):
+        decoder.context(inputs()["embeddings"], torch.zeros(2, 4, 10))
+    with pytest.raises(ValidationError, match="merger"):
+        DecoderConfig(merger=MergerConfig())
+
+
 def test_saving_in_bf16_leaves_the_decoder_alone(decoder: VisionDecoder, tmp_path: Path) -> None:
     save_decoder(decoder, tmp_path, torch.bfloat16)
     assert decoder.dtype == torch.float32
@@ -232,6 +274,14 @@ def test_released_sizes_have_11_9_billion_parameters() -> None:
     assert transformer == 11_901_408_320
     assert conditioner == 3584 * 4096 + 4096 * 4096 + 6 * 4096
     assert decoder.config.token_grid == (9, 9)
+    with torch.device("meta"):
+        editing = VisionDecoder.from_config(*released_decoder_config("editing"))
+    assert sum(p.numel() for p in editing.transformer.parameters()) == transformer
+    # One Qwen2.5-VL-7B layer (attention with its biases, MLP, two norms), then the projector, 16,384 numbers wide.
+    layer = 2 * 3584 * 3584 + 3584 + 2 * (3584 * 512 + 512) + 3 * 3584 * 18944 + 2 * 3584
+    projector = 3584 + 3584 * 16384 + 16384 + 16384 + 16384 * 4096 + 4096 + 4096
+    assert sum(p.numel() for p in editing.conditioner.parameters()) == layer + projector
+    assert editing.reference_grid == (18, 18)
 
 
 def test_sizes_that_do_not_fit_each_other_are_refused() -> None:
