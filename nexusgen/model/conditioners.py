@@ -99,14 +99,20 @@ class EditingConditioner(nn.Module):
         target_grid: tuple[int, int],
         reference: Float[Tensor, "batch reference_tokens embedding"] | None = None,
         reference_grid: tuple[int, int] | None = None,
+        *,
+        frequency_dtype: torch.dtype = torch.float32,
     ) -> Float[Tensor, "batch tokens context"]:
-        """Context of all tokens, target before reference; grids are (height, width) in tokens."""
+        """Context of all tokens, target before reference; grids are (height, width) in tokens.
+
+        Rotary frequencies are rounded to `frequency_dtype`; their angles are always computed in fp32.
+        """
         grids = [target_grid]
         hidden = embeddings
         if reference is not None and reference_grid is not None:
             grids.append(reference_grid)
             hidden = torch.cat([embeddings, reference], dim=1)
         positions = merger_positions(grids)[:, None].expand(3, len(hidden), -1)
+        self.rotary.inv_freq = self.rotary.original_inv_freq.to(frequency_dtype).float()
         rotary = self.rotary(hidden, positions.to(hidden.device))
         for layer in self.layers:
             hidden = layer(hidden, position_embeddings=rotary)

@@ -29,6 +29,9 @@ from nexusgen.model.tensors import iterate_file, iterate_tensors, load_strictly,
 from nexusgen.positions import TokenPositions, flux_image_ids, flux_token_ids
 
 ConditionerKind = Literal["generation", "editing"]
+# How a decoder in bf16 treats numbers that aren't weights. `reference`: guidance, rope ids of the context and the
+# frequencies of the merger are rounded to bf16, as when the released weights were trained and run. `exact`: in fp32.
+Numerics = Literal["reference", "exact"]
 
 _TOKENS_PER_SIDE = defaults.TARGET_SIZE // (defaults.PATCH_SIZE * defaults.MERGE_SIZE)
 _SINUSOID_SIZE = 256  # FLUX.1 [dev], fixed in diffusers' class
@@ -96,12 +99,17 @@ class ModulationEmbedding(nn.Module):
         self.text_embedder = plain.text_embedder
 
     def embed(
-        self, timestep: Float[Tensor, " batch"], guidance_scale: float, pooled: Float[Tensor, "rows pooled"]
+        self,
+        timestep: Float[Tensor, " batch"],
+        guidance_scale: float,
+        pooled: Float[Tensor, "rows pooled"],
+        numerics: Numerics = "reference",
     ) -> Float[Tensor, "batch inner"]:
         """`timestep` in 0..1000; `pooled` is one row for all samples, or one each."""
         dtype = self.timestep_embedder.linear_1.weight.dtype
-        # In bf16 the guidance of 3.5 * 1000 becomes 3504: so it was when the released weights were trained.
-        guidance = torch.tensor([guidance_scale], dtype=dtype, device=timestep.device) * 1000
+        # In bf16 a guidance of 3.5 * 1000 becomes 3504.
+        guidance_dtype = dtype if numerics == "reference" else torch.float32
+        guidance = torch.tensor([guidance_scale], dtype=guidance_dtype, device=timestep.device) * 1000
         time = self.timestep_embedder(sinusoid(timestep).to(dtype))
         constant = self.guidance_embedder(sinusoid(guidance).to(dtype)) + self.text_embedder(pooled.to(dtype))
         modulation: Tensor = time + constant
@@ -129,7 +137,9 @@ def sinusoid(values: Float[Tensor, " values"]) -> Float[Tensor, "values 256"]:
 class VisionDecoder(nn.Module):
     """Predicts the velocity of noisy latents under image embeddings. `transformer` is diffusers' own class."""
 
-    def __init__(self, config: DecoderConfig, transformer: FluxTransformer2DModel) -> None:
+    def __init__(
+        self, config: DecoderConfig, transformer: FluxTransformer2DModel, numerics: Numerics = "reference"
+    ) -> None:
         """Raises: ModelError if the transformer doesn't fit the config."""
         super().__init__()
         if transformer.config.joint_attention_dim != config.context_dim:
@@ -141,6 +151,7 @@ class VisionDecoder(nn.Module):
             raise ModelError("the transformer has no guidance embedding (guidance_embeds); FLUX.1 [dev]'s is needed")
         transformer.time_text_embed = ModulationEmbedding(transformer.time_text_embed)
         self.config = config
+        self.numerics = numerics
         self.conditioner: GenerationConditioner | EditingConditioner
         if config.merger is None:
             self.conditioner = GenerationConditioner(config.embedding_dim, config.context_dim)
@@ -201,7 +212,10 @@ class VisionDecoder(nn.Module):
         if reference is not None:
             self._check_tokens("reference embeddings", reference, self.reference_grid)
             reference = reference.to(self.dtype)
-        merged: Tensor = self.conditioner(embeddings, config.token_grid, reference, self.reference_grid)
+        frequency_dtype = self.dtype if self.numerics == "reference" else torch.float32
+        merged: Tensor = self.conditioner(
+            embeddings, config.token_grid, reference, self.reference_grid, frequency_dtype=frequency_dtype
+        )
         return merged
 
     def _check_tokens(self, name: str, embeddings: Shaped[Tensor, "..."], grid: tuple[int, int]) -> None:
@@ -234,7 +248,10 @@ class VisionDecoder(nn.Module):
     ) -> Float[Tensor, "batch channels height width"]:
         """Velocity under a context that is already computed, in the dtype of the weights."""
         height, width = latents.shape[-2:]
-        modulation = self.transformer.time_text_embed.embed(timestep, self.config.guidance_scale, pooled)
+        embed = self.transformer.time_text_embed.embed
+        modulation = embed(timestep, self.config.guidance_scale, pooled, self.numerics)
+        if self.numerics == "reference":
+            token_ids = token_ids.to(self.dtype).float()
         tokens = self.transformer(
             hidden_states=pack_latents(latents.to(self.dtype)),
             encoder_hidden_states=context.to(self.dtype),
@@ -359,7 +376,12 @@ def save_decoder(decoder: VisionDecoder, folder: Path, dtype: torch.dtype) -> No
     save_torch_state_dict(state, transformer_folder, filename_pattern=_TRANSFORMER_STEM + "{suffix}.safetensors")
 
 
-def load_decoder(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> VisionDecoder:
+def load_decoder(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    numerics: Numerics = "reference",
+) -> VisionDecoder:
     """Load a decoder's folder for inference. Raises: ModelError if it isn't one or its tensors don't fit exactly."""
     config = read_decoder_config(folder)
     try:
@@ -367,7 +389,7 @@ def load_decoder(folder: Path, dtype: torch.dtype = torch.float32, device: torch
     except OSError as error:
         raise ModelError(f"{folder}: no transformer that diffusers can open: {error}") from None
     with torch.device("meta"):
-        decoder = VisionDecoder(config, FluxTransformer2DModel.from_config(sizes))
+        decoder = VisionDecoder(config, FluxTransformer2DModel.from_config(sizes), numerics)
     state = {f"conditioner.{name}": tensor for name, tensor in iterate_file(folder / "conditioner.safetensors")}
     state |= {f"transformer.{name}": t for name, t in iterate_tensors(folder / "transformer", _TRANSFORMER_STEM)}
     load_strictly(decoder, {name: tensor.to(device, dtype) for name, tensor in state.items()}, str(folder))

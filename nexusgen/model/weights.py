@@ -30,7 +30,7 @@ from nexusgen.errors import ModelError
 from nexusgen.images import Geometry, image_processor
 from nexusgen.model.autoencoder import ImageAutoencoder, load_autoencoder
 from nexusgen.model.autoregressive import AutoregressiveModel
-from nexusgen.model.decoder import VisionDecoder, load_decoder, save_decoder
+from nexusgen.model.decoder import Numerics, VisionDecoder, load_decoder, save_decoder
 from nexusgen.model.tensors import iterate_tensors, load_strictly, save_tensors
 from nexusgen.prompts import load_tokenizer
 from nexusgen.schema import MANIFEST_NAME
@@ -67,6 +67,7 @@ class Manifest(Config):
     image_size: tuple[int, int]  # (height, width) in pixels that the decoder makes by default
     num_inference_steps: int
     true_cfg_scale: float
+    numerics: Numerics = "reference"
     lineage: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -140,9 +141,13 @@ def load_model(
         model.tokenizer = load_tokenizer(folder / "autoregressive")
         model.autoregressive = load_autoregressive(folder / "autoregressive", manifest.geometry, dtype, device)
     if "generation_decoder" in wanted:
-        model.generation_decoder = load_decoder(folder / DECODER_FOLDERS["generation_decoder"], dtype, device)
+        model.generation_decoder = load_decoder(
+            folder / DECODER_FOLDERS["generation_decoder"], dtype, device, manifest.numerics
+        )
     if "editing_decoder" in wanted:
-        model.editing_decoder = load_decoder(folder / DECODER_FOLDERS["editing_decoder"], dtype, device)
+        model.editing_decoder = load_decoder(
+            folder / DECODER_FOLDERS["editing_decoder"], dtype, device, manifest.numerics
+        )
     if set(wanted) & set(DECODER_FOLDERS):
         constants = load_file(folder / "prompt_constants.safetensors", device=str(device))
         model.pooled_prompt = constants["pooled_prompt"].to(dtype)

@@ -44,6 +44,22 @@ TRANSFORMER: dict[str, Any] = {
 CONFIG = DecoderConfig(embedding_dim=10, context_dim=12, token_grid=(2, 3), token_positions="grid")
 
 
+EDITING = DecoderConfig(
+    conditioner="editing",
+    embedding_dim=16,
+    context_dim=12,
+    token_grid=(2, 3),
+    token_positions="grid",
+    merger=MergerConfig(
+        reference_grid=(2, 2),
+        intermediate_size=20,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        mrope_section=(1, 1, 2),
+    ),
+)
+
+
 @pytest.fixture
 def decoder() -> VisionDecoder:
     torch.manual_seed(0)
@@ -116,6 +132,19 @@ def test_timestep_is_embedded_in_fp32_whatever_the_dtype(decoder: VisionDecoder)
     assert not torch.equal(exact, rounded)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numerics_differ_in_bf16_alone(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    as_released = VisionDecoder.from_config(EDITING, TRANSFORMER).eval().to(dtype)
+    exact = VisionDecoder(EDITING, FluxTransformer2DModel(**TRANSFORMER), "exact").eval().to(dtype)
+    exact.load_state_dict(as_released.state_dict())
+    batch = inputs() | {"embeddings": torch.randn(2, 6, 16)}
+    with torch.no_grad():
+        one, other = (decoder(**batch, reference=torch.ones(2, 4, 16)) for decoder in (as_released, exact))
+    assert ((one - other).abs().max() > 1e-4) == (dtype == torch.bfloat16)
+    torch.testing.assert_close(one, other, atol=0.05, rtol=0.05)
+
+
 def test_sinusoid_is_cosines_then_sines() -> None:
     got = sinusoid(torch.tensor([2.0]))
     assert got[0, 0].item() == pytest.approx(math.cos(2.0))
@@ -155,22 +184,6 @@ def test_folder_round_trip_and_plain_diffusers_opens_it(decoder: VisionDecoder, 
     assert not info["unexpected_keys"]
     assert torch.equal(plain.proj_out.weight, decoder.transformer.proj_out.weight)
     assert str(tmp_path) not in (tmp_path / "transformer" / "config.json").read_text()
-
-
-EDITING = DecoderConfig(
-    conditioner="editing",
-    embedding_dim=16,
-    context_dim=12,
-    token_grid=(2, 3),
-    token_positions="grid",
-    merger=MergerConfig(
-        reference_grid=(2, 2),
-        intermediate_size=20,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        mrope_section=(1, 1, 2),
-    ),
-)
 
 
 def test_an_editing_decoder_goes_through_a_folder_and_sees_its_reference(tmp_path: Path) -> None:
