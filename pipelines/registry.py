@@ -306,7 +306,7 @@ def _publish(config: RegisterConfig, base: Path, trained: dict[str, Checkpoint],
         if storage.exists(storage.join(target, MANIFEST_NAME)):
             return manifest.fingerprint
         if models is not None:
-            out.rename(models / manifest.fingerprint)
+            storage.put_in_place(out, models / manifest.fingerprint)
         else:
             storage.upload_folder(out, target)
     return manifest.fingerprint
@@ -517,7 +517,7 @@ def _download_artifacts(client: MlflowClient, version: ModelVersion) -> Path:
         cache.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             client.download_artifacts(str(version.run_id), "model", scratch)
-            (Path(scratch) / "model").rename(folder)
+            storage.put_in_place(Path(scratch) / "model", folder)
     return folder
 
 

@@ -166,14 +166,19 @@ def fetch_folder(uri: str, cache: Path | None = None) -> Path:
     try:
         filesystem, path = open_filesystem(uri)
         fs.copy_files(path, str(staging), source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
-        try:
-            staging.rename(target)
-        except OSError:
-            if not target.is_dir():  # else another process fetched the same folder first
-                raise
+        put_in_place(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target
+
+
+def put_in_place(staging: Path, target: Path) -> None:
+    """Rename a finished folder; where another process was faster, its folder, which holds the same, stays."""
+    try:
+        staging.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
 
 
 def upload_folder(source: Path, uri: str) -> None:

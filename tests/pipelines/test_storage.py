@@ -113,3 +113,15 @@ def test_shards_on_s3_are_listed_and_read(bucket: str) -> None:
     assert row.shard == names[0]
     (row,) = ShardReader(storage.join(bucket, "tars", "none.tar"))
     assert getattr(row, "reason_code", "") == "tar_unreadable"
+
+
+def test_a_folder_that_another_process_has_put_in_place_stays(tmp_path: Path) -> None:
+    for name in ("ours", "target"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "w").write_text(name)
+    storage.put_in_place(tmp_path / "ours", tmp_path / "target")
+    assert (tmp_path / "target" / "w").read_text() == "target"
+    storage.put_in_place(tmp_path / "ours", tmp_path / "new")
+    assert (tmp_path / "new" / "w").read_text() == "ours"
+    with pytest.raises(FileNotFoundError):
+        storage.put_in_place(tmp_path / "ours", tmp_path / "again")
