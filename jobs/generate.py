@@ -11,7 +11,7 @@ from jobs.command import Outcome, add_model_arguments, check_output_file, find_m
 
 NAME = "generate"
 HELP = "Draw a picture of a text."
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,10 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Outcome:
     """Draw and write the picture. The same seed gives the same picture, here and over HTTP."""
-    check_output_file(arguments.out, SUFFIXES)
+    check_output_file(arguments.out, tuple(FORMATS))
     folder = find_model(arguments)
     import torch
 
+    from nexusgen.images import encode_picture
     from nexusgen.model.weights import load_model
     from nexusgen.sampling import generate_images
 
@@ -36,16 +37,16 @@ def run(arguments: argparse.Namespace) -> Outcome:
     started = time.monotonic()
     picture = generate_images(model, [arguments.prompt], [arguments.seed], arguments.steps, arguments.size)[0]
     seconds = time.monotonic() - started
-    unfinished = arguments.out.with_name(f".{arguments.out.name}.tmp{arguments.out.suffix}")
-    picture.save(unfinished)
+    steps = arguments.steps or model.manifest.num_inference_steps
+    made = {"fingerprint": model.manifest.fingerprint, "seed": arguments.seed, "steps": steps}
+    unfinished = arguments.out.with_name(f".{arguments.out.name}.tmp")
+    unfinished.write_bytes(encode_picture(picture, made, FORMATS[arguments.out.suffix.lower()]))
     unfinished.replace(arguments.out)
     data = {
         "out": str(arguments.out),
-        "seed": arguments.seed,
-        "steps": arguments.steps or model.manifest.num_inference_steps,
+        **made,
         "size": [picture.height, picture.width],
         "model": str(folder),
-        "fingerprint": model.manifest.fingerprint,
         "seconds": seconds,
     }
     return Outcome(f"{arguments.out}: {picture.height}x{picture.width} pixels in {seconds:.1f} s", data)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from PIL import Image
+from PIL import ExifTags, Image, PngImagePlugin
 from pydantic import model_validator
 from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
@@ -31,6 +32,7 @@ MAX_ASPECT_RATIO = 200.0  # the limit of Qwen2.5-VL's smart resize
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "QOI", "DIB")
 
 _EXIF_ORIENTATION = 0x0112
+_MADE_BY = "made by an AI model (trainedAlgorithmicMedia)"  # IPTC's term for it
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -269,3 +271,23 @@ def from_pixels(pixels: Float[Tensor, "batch 3 height width"]) -> list[Image.Ima
     """Images from values in [-1, 1]; values outside are clipped."""
     array = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(row) for row in array.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def encode_picture(image: Image.Image, made: Mapping[str, str | int | None], image_format: str = "PNG") -> bytes:
+    """A generated picture as PNG, JPEG or WEBP, which says that a model made it and, as json, from what (`made`).
+
+    PNG holds it in the text chunks Software, Source and nexusgen, the others in EXIF's Software and ImageDescription.
+    """
+    details = json.dumps({**made, "width": image.width, "height": image.height})
+    buffer = io.BytesIO()
+    if image_format == "PNG":
+        chunks = PngImagePlugin.PngInfo()
+        for name, text in (("Software", "nexusgen"), ("Source", _MADE_BY), ("nexusgen", details)):
+            chunks.add_text(name, text)
+        image.save(buffer, "PNG", pnginfo=chunks)
+    else:
+        exif = Image.Exif()
+        exif[ExifTags.Base.Software] = "nexusgen"
+        exif[ExifTags.Base.ImageDescription] = f"{_MADE_BY} {details}"
+        image.save(buffer, image_format, exif=exif, quality=95)
+    return buffer.getvalue()

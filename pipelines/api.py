@@ -11,8 +11,6 @@ here, by pydantic, and leave as small frozen dataclasses; answers and errors hav
 from __future__ import annotations
 
 import base64
-import io
-import json
 import re
 import secrets
 import time
@@ -23,12 +21,13 @@ from typing import Annotated, Any, Literal, Protocol
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nexusgen.errors import InputError, NexusgenError, UsageError
+from nexusgen.images import encode_picture
 
 MAX_BODY_BYTES = 1 << 20
 MAX_PROMPT_CHARACTERS = 4000
@@ -236,16 +235,9 @@ def picture_orders(request: ImagesRequest, model_name: str) -> list[PictureOrder
 
 
 def encode_png(image: Image.Image, info: ModelInfo, seed: int, steps: int) -> bytes:
-    """The picture as PNG whose text chunks say that a model made it, which one, and from what settings."""
-    made: dict[str, str | int | None] = {"model": info.name, "version": info.version, "fingerprint": info.fingerprint}
-    made |= {"seed": seed, "steps": steps, "width": image.width, "height": image.height}
-    chunks = PngImagePlugin.PngInfo()
-    chunks.add_text("Software", "nexusgen")
-    chunks.add_text("Source", "made by an AI model (trainedAlgorithmicMedia)")
-    chunks.add_text("nexusgen", json.dumps(made))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=chunks)
-    return buffer.getvalue()
+    """The picture as PNG that says which model made it, from what settings."""
+    made = {"model": info.name, "version": info.version, "fingerprint": info.fingerprint, "seed": seed, "steps": steps}
+    return encode_picture(image, made)
 
 
 class BodyLimit:

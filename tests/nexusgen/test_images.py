@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms
 from safetensors.numpy import load_file
 
 from nexusgen.errors import SampleError, ShapeError
@@ -14,6 +15,7 @@ from nexusgen.images import (
     Geometry,
     crop_image,
     decode_image,
+    encode_picture,
     from_pixels,
     image_for_role,
     input_image,
@@ -194,3 +196,14 @@ def test_pixels_round_trip() -> None:
     assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(images, from_pixels(pixels), strict=True))
     with pytest.raises(ShapeError, match="one size"):
         to_pixels([noise(8, 8), noise(8, 16)])
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP"])
+def test_a_generated_picture_says_what_made_it(image_format: str) -> None:
+    data = encode_picture(Image.new("RGB", (8, 4), "red"), {"seed": 7, "fingerprint": "f00d"}, image_format)
+    with Image.open(io.BytesIO(data)) as picture:
+        assert (picture.format, picture.size) == (image_format, (8, 4))
+        exif = picture.getexif()
+        text = picture.info.get("nexusgen") or exif[ExifTags.Base.ImageDescription]
+        assert (picture.info.get("Software") or exif[ExifTags.Base.Software]) == "nexusgen"
+    assert json.loads(text[text.index("{") :]) == {"seed": 7, "fingerprint": "f00d", "width": 8, "height": 4}
