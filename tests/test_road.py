@@ -18,6 +18,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
+from plain_libraries import open_with_plain_libraries
 from tiny_training import make_tiny_model
 
 from jobs import cli
@@ -126,6 +127,10 @@ def test_published_folder_is_whole_and_shown(report: dict[str, Any], folder: Pat
     assert report["promoted"]
     with Image.open(folder / "samples.png") as sheet:
         assert sheet.width > 500
+
+
+def test_published_folder_opens_in_plain_libraries(report: dict[str, Any], tmp_path: Path) -> None:
+    open_with_plain_libraries(Path(report["model"]), tmp_path)
 
 
 def test_mlflow_leads_from_the_alias_to_the_tars(report: dict[str, Any], client: MlflowClient, folder: Path) -> None:

@@ -1,10 +1,9 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from plain_libraries import open_with_plain_libraries
 from safetensors.torch import load_file, save_file
 
 from nexusgen.base_training import BaseSchedule, make_base
@@ -19,38 +18,9 @@ from nexusgen.model.weights import (
     tensors_fingerprint,
 )
 
-PLAIN = """
-import sys
-from pathlib import Path
-import torch
-from diffusers import AutoModel, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
-
-folder = Path(sys.argv[1])
-model, info = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "autoregressive", output_loading_info=True)
-assert not info["missing_keys"], info["missing_keys"]
-assert set(info["unexpected_keys"]) == {"vision_head.weight", "image_prefill_embeds.weight"}, info["unexpected_keys"]
-tokenizer = AutoTokenizer.from_pretrained(folder / "autoregressive")
-text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
-assert text.endswith("<|im_start|>assistant\\n"), text
-transformer = FluxTransformer2DModel.from_pretrained(folder / "decoders" / "generation" / "transformer")
-autoencoder = AutoModel.from_pretrained(str(folder / "vae"), trust_remote_code=True)
-FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
-latents = autoencoder.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mode()
-assert autoencoder.decode(latents).sample.shape == (1, 3, 64, 64)
-assert latents.shape[1] * 4 == transformer.config.in_channels
-assert "nexusgen" not in sys.modules
-print("opened")
-"""
-
 
 def test_plain_transformers_and_diffusers_open_the_shipped_base(tmp_path):
-    """Language model, tokenizer, transformer, autoencoder and scheduler, in a process without this project."""
-    command = [sys.executable, "-W", "ignore", "-c", PLAIN, str(demo_base())]
-    environment = {"PATH": "/usr/bin:/bin", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("opened")
+    open_with_plain_libraries(demo_base(), tmp_path)
 
 
 def test_the_shipped_base_is_small_whole_and_bf16():
