@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nexusgen.comparison import FP32_TOLERANCE, GRADIENT_TOLERANCE, TOKEN_MARGIN, Case, compare, compare_exact
+from nexusgen.errors import InputError
 from nexusgen.images import Geometry, to_patches
 from nexusgen.losses import AUTOREGRESSIVE_WEIGHTS, autoregressive_losses, total_loss
 from nexusgen.model.autoregressive import AutoregressiveModel, ConversationBatch, target_positions
@@ -40,12 +41,24 @@ def verify_autoregressive(folder: Path) -> Iterator[Case]:
     for case, recorded in expected.get("train", {}).items():
         path = folder / f"train_{case}.safetensors"
         if path.is_file():
-            yield from _training_cases(f"train.{case}", model, load_file(path), [images[n] for n in recorded["images"]])
+            shown = [_find_image(images, name, path) for name in recorded["images"]]
+            yield from _training_cases(f"train.{case}", model, load_file(path), shown, recorded.get("grad_norm_total"))
     for case, recorded in expected.get("generate", {}).items():
         path = folder / f"gen_{case}.safetensors"
         if path.is_file():
-            image = images[recorded["image"]] if recorded["image"] else None
+            image = _find_image(images, recorded["image"], path) if recorded["image"] else None
             yield from _generation_cases(f"generate.{case}", model, load_file(path), image)
+
+
+def _find_image(images: dict[str, EncodedImage], name: str, needed_by: Path) -> EncodedImage:
+    """Raises: InputError if the set has no such image."""
+    if name not in images:
+        raise InputError(
+            f"{needed_by} was recorded with the image {name!r}, which neither vision.safetensors nor "
+            f"vision_targets.safetensors beside it holds (they hold {', '.join(sorted(images)) or 'none'}): add it, or "
+            f"leave {needed_by.name} out"
+        )
+    return images[name]
 
 
 def _same_weights(model: AutoregressiveModel, other: AutoregressiveModel) -> Iterator[Case]:
@@ -89,6 +102,7 @@ def _training_cases(
     model: AutoregressiveModel,
     recorded: dict[str, Tensor],
     images: list[EncodedImage],
+    gradient_norm: float | None,
 ) -> Iterator[Case]:
     batch = _training_batch(model, recorded, images)
     valid = recorded["attention_mask"].bool()
@@ -120,6 +134,9 @@ def _training_cases(
             want = recorded[key]
             got = gradient if gradient is not None else torch.zeros_like(want)
             yield compare(f"{name}.{key}", got, want, GRADIENT_TOLERANCE)
+    if gradient_norm is not None:
+        found = torch.stack([g.double().square().sum() for g in gradients.values() if g is not None]).sum().sqrt()
+        yield compare(f"{name}.grad_norm_total", found[None], torch.tensor([gradient_norm]), GRADIENT_TOLERANCE)
 
 
 def _training_batch(
@@ -198,6 +215,38 @@ def _generation_cases(
     chosen = [reply.logits[step] if step < len(reply.logits) else None for step in recorded["step_index"].tolist()]
     logits = torch.stack([torch.full_like(finite[0], _NAN, dtype=torch.float32) if c is None else c for c in chosen])
     yield compare(f"{name}.step_logits", logits[finite], recorded["step_logits"][finite], FP32_TOLERANCE)
+    if "teacher_position_ids" in recorded:
+        yield from _teacher_forced_cases(name, model, recorded, grids, embeddings)
+
+
+@torch.no_grad()
+def _teacher_forced_cases(
+    name: str,
+    model: AutoregressiveModel,
+    recorded: dict[str, Tensor],
+    input_grids: list[tuple[int, int]],
+    input_embeddings: Float[Tensor, "inputs hidden"],
+) -> Iterator[Case]:
+    """One forward over the whole generated sequence, at the positions of training."""
+    sequence, start = recorded["sequence"], len(recorded["prompt_ids"])
+    grids = [*input_grids, model.geometry.target_grid]
+    positions, _ = conversation_positions(sequence.numpy(), grids, model.image_token_id)
+    yield compare_exact(f"{name}.teacher_positions", torch.from_numpy(positions), recorded["teacher_position_ids"])
+    is_target = (sequence == model.image_token_id) & (torch.arange(len(sequence)) >= start)
+    batch = ConversationBatch(
+        input_ids=sequence[None],
+        attention_mask=torch.ones_like(sequence)[None],
+        labels=torch.where(is_target, sequence, IGNORED_LABEL)[None],
+        position_ids=torch.from_numpy(positions)[:, None],
+        input_embeddings=input_embeddings,
+        target_embeddings=torch.zeros(int(is_target.sum()), model.hidden_size),
+    )
+    output = model(batch)
+    want = recorded["teacher_image_embeds"]
+    yield compare(f"{name}.teacher_image_embeddings", output.predictions, want, FP32_TOLERANCE)
+    after = recorded["teacher_logits_after_image"]
+    logits = model.qwen.lm_head(output.hidden[0, len(sequence) - len(after) :])
+    yield compare(f"{name}.teacher_logits", logits, after, FP32_TOLERANCE)
 
 
 def _decided_mismatches(
