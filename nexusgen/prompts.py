@@ -184,24 +184,49 @@ def encode_conversation(
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], grids: Sequence[TokenGrid]
 ) -> Conversation:
-    """A conversation up to the assistant's next words: ends with `<|im_start|>assistant\\n`; all labels are -100.
+    """A conversation up to the assistant's next words: ends with `<|im_start|>assistant\\n`.
 
+    Labels are -100, but for image_pad at the pictures that the assistant has made earlier: as in training, they are
+    target positions, which hold query embeddings. `grids` gives each image's token grid (h, w), in order.
     Raises: InputError if the text is longer than 32,768 characters; ShapeError as `encode_conversation`.
     """
+    _check_length(messages)
+    tokens = _Tokens(tokenizer)
+    remaining = _encode_messages(tokens, messages, list(grids))
+    return _finish_prompt(tokens, grids, remaining)
+
+
+def encode_turn(tokenizer: PreTrainedTokenizerBase, message: Message, grids: Sequence[TokenGrid]) -> Conversation:
+    """What follows a reply of the assistant in one conversation: the end of its turn, then the user's `message`, up to
+    the assistant's next words. Positions count from 0.
+
+    Raises: InputError and ShapeError as `encode_prompt`.
+    """
+    _check_length([message])
+    tokens = _Tokens(tokenizer)
+    tokens.control("<|im_end|>", learned=False)
+    tokens.text("\n", learned=False)
+    remaining = _encode_message(tokens, message, list(grids))
+    return _finish_prompt(tokens, grids, remaining)
+
+
+def _check_length(messages: Sequence[Message]) -> None:
     num_characters = sum(len(m.content) for m in messages)
     if num_characters > MAX_PROMPT_CHARACTERS:
         raise InputError(
             f"the prompt has {num_characters:,} characters; at most {MAX_PROMPT_CHARACTERS:,} are accepted: shorten it"
         )
-    tokens = _Tokens(tokenizer)
-    remaining = _encode_messages(tokens, messages, list(grids))
+
+
+def _finish_prompt(tokens: _Tokens, grids: Sequence[TokenGrid], remaining: Sequence[TokenGrid]) -> Conversation:
     if remaining:
         raise ShapeError(f"{len(grids)} image grids for {len(grids) - len(remaining)} {IMAGE_MARK} marks")
     tokens.text("\n", learned=False)
     tokens.control("<|im_start|>", learned=False)
     tokens.text("assistant\n", learned=False)
     conversation = _finish(tokens, grids)
-    conversation.labels[:] = IGNORED_LABEL
+    is_target = conversation.labels == tokens.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    conversation.labels[~is_target] = IGNORED_LABEL
     return conversation
 
 
@@ -209,22 +234,30 @@ def _encode_messages(tokens: _Tokens, messages: Sequence[Message], grids: list[T
     if not messages or messages[0].role != "system":
         messages = (Message("system", defaults.SYSTEM_PROMPT), *messages)
     for turn, message in enumerate(messages):
-        learned = message.role == "assistant"
         if turn:
             tokens.text("\n", learned=False)
-        tokens.control("<|im_start|>", learned=False)
-        tokens.text(f"{message.role}\n", learned=False)
-        for index, piece in enumerate(message.content.split(IMAGE_MARK)):
-            if index:
-                if not grids:
-                    raise ShapeError(f"more {IMAGE_MARK} marks than image grids")
-                height, width = grids.pop(0)
-                tokens.control("<|vision_start|>", learned)
-                tokens.control("<|image_pad|>", learned, count=height * width)
-                tokens.control("<|vision_end|>", learned)
-            tokens.text(piece, learned)
-        tokens.control("<|im_end|>", learned)
+        grids = _encode_message(tokens, message, grids)
     return grids
+
+
+def _encode_message(tokens: _Tokens, message: Message, grids: list[TokenGrid]) -> list[TokenGrid]:
+    """Append one message; takes its images' grids from `grids` and gives back those left."""
+    learned = message.role == "assistant"
+    tokens.control("<|im_start|>", learned=False)
+    tokens.text(f"{message.role}\n", learned=False)
+    pieces = message.content.split(IMAGE_MARK)
+    num_images = len(pieces) - 1
+    if num_images > len(grids):
+        raise ShapeError(f"more {IMAGE_MARK} marks than image grids")
+    for index, piece in enumerate(pieces):
+        if index:
+            height, width = grids[index - 1]
+            tokens.control("<|vision_start|>", learned)
+            tokens.control("<|image_pad|>", learned, count=height * width)
+            tokens.control("<|vision_end|>", learned)
+        tokens.text(piece, learned)
+    tokens.control("<|im_end|>", learned)
+    return grids[num_images:]
 
 
 def _finish(tokens: _Tokens, grids: Sequence[TokenGrid]) -> Conversation:

@@ -124,12 +124,23 @@ class AutoregressiveModel(nn.Module):
 
     def embed_conversations(self, batch: ConversationBatch) -> Float[Tensor, "batch length hidden"]:
         """Token embeddings with input images spliced in and query embeddings at the positions of targets."""
-        embeddings = self.embed_tokens(batch.input_ids)
         is_target = target_positions(batch.labels, self.image_token_id)
-        is_input = (batch.input_ids == self.image_token_id) & ~is_target
-        num_images = batch.target_embeddings.shape[0] // self.geometry.num_target_tokens
-        queries = self.image_prefill_embeds.weight.repeat(num_images, 1).to(embeddings.dtype)
-        embeddings = embeddings.masked_scatter(is_input[..., None], batch.input_embeddings.to(embeddings.dtype))
+        num_targets = batch.target_embeddings.shape[0] // self.geometry.num_target_tokens
+        return self.splice_images(batch.input_ids, is_target, batch.input_embeddings, num_targets)
+
+    def splice_images(
+        self,
+        input_ids: Int[Tensor, "batch length"],
+        is_target: Bool[Tensor, "batch length"],
+        input_embeddings: Float[Tensor, "inputs hidden"],
+        num_targets: int,
+    ) -> Float[Tensor, "batch length hidden"]:
+        """Token embeddings, with the query embeddings at each of the `num_targets` target images and, at the other
+        image tokens, `input_embeddings` in order."""
+        embeddings = self.embed_tokens(input_ids)
+        is_input = (input_ids == self.image_token_id) & ~is_target
+        queries = self.image_prefill_embeds.weight.repeat(num_targets, 1).to(embeddings.dtype)
+        embeddings = embeddings.masked_scatter(is_input[..., None], input_embeddings.to(embeddings.dtype))
         return embeddings.masked_scatter(is_target[..., None], queries)
 
     def run_layers(

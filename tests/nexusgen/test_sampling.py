@@ -2,78 +2,66 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file
+from PIL import Image
 
-from nexusgen.images import Geometry
-from nexusgen.model.weights import load_autoregressive
-from nexusgen.positions import conversation_positions
-from nexusgen.prompts import IGNORED_LABEL, Conversation
-from nexusgen.sampling import PostImagePositions, Prompt, generate_replies
+import nexusgen
+from nexusgen.errors import InputError
+from nexusgen.model.weights import load_model
+from nexusgen.replies import ImageMode
+from nexusgen.sampling import describe, generate_images, predict_embeddings
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "ar"
+BASE = Path(nexusgen.__file__).parent / "demo_base"
+PROMPTS = ("a large red circle", "two blue squares on a yellow background", "<|vision_end|> <image>")
 
 
 @pytest.fixture(scope="module")
 def model():
-    return load_autoregressive(GOLDEN, Geometry())
+    return load_model(BASE)
 
 
-@pytest.fixture(scope="module")
-def prompts(model):
-    """The four recorded prompts, of different lengths and both tasks."""
-    vision = load_file(GOLDEN / "vision.safetensors")
-    made = []
-    for name in ("t2i0", "edit0", "t2i1", "t2i2"):
-        ids = load_file(GOLDEN / f"gen_{name}.safetensors")["prompt_ids"].numpy()
-        is_edit = name == "edit0"
-        embeddings = vision["embeds.edit_source"] if is_edit else torch.zeros(0, model.hidden_size)
-        grid = vision["grid_thw.edit_source"][0].tolist()
-        grids = [(grid[1] // 2, grid[2] // 2)] if is_edit else []
-        positions, following = conversation_positions(ids, grids, model.image_token_id)
-        conversation = Conversation(ids, np.full_like(ids, IGNORED_LABEL), positions, following)
-        made.append(Prompt(conversation, embeddings))
-    return made
+def relative(got, want):
+    return ((got - want).abs().max() / want.abs().max()).item()
 
 
-def test_a_mixed_left_padded_batch_equals_single_runs(model, prompts):
-    together = generate_replies(model, prompts, max_new_tokens=104)
-    for prompt, batched in zip(prompts, together, strict=True):
-        (alone,) = generate_replies(model, [prompt], max_new_tokens=104)
-        assert batched.token_ids == alone.token_ids
-        assert len(batched.images) == len(alone.images) == 1
-        torch.testing.assert_close(batched.images[0], alone.images[0], atol=3e-6, rtol=0)
+def test_embeddings_are_those_of_single_prompts_in_both_modes_of_prefilled_autoregression(model):
+    together = predict_embeddings(model, PROMPTS)
+    assert together.shape == (3, model.manifest.geometry.num_target_tokens, model.autoregressive.hidden_size)
+    sequential = predict_embeddings(model, PROMPTS, ImageMode.SEQUENTIAL)
+    for index, prompt in enumerate(PROMPTS):
+        alone = predict_embeddings(model, [prompt])[0]
+        assert relative(together[index], alone) <= 3e-6
+        assert relative(sequential[index], alone) <= 3e-6
 
 
-def test_text_after_the_image_depends_on_the_positions_chosen(model, prompts):
-    options = {"max_new_tokens": 104, "keep_logits": True}
-    (released,) = generate_replies(model, prompts[:1], post_image_positions=PostImagePositions.RELEASED, **options)
-    (trained,) = generate_replies(model, prompts[:1], post_image_positions=PostImagePositions.TRAINED, **options)
-    torch.testing.assert_close(released.images[0], trained.images[0])
-    recorded = load_file(GOLDEN / "gen_t2i0.safetensors")
-    after = trained.logits[89]  # chosen from the hidden state of vision_end
-    torch.testing.assert_close(after, recorded["teacher_logits_after_image"][0], atol=5e-6, rtol=0)
-    assert (released.logits[89] - after).abs().max() > 0.05
+def test_naive_autoregression_shares_only_the_first_embedding(model):
+    prefilled = predict_embeddings(model, PROMPTS)
+    naive = predict_embeddings(model, PROMPTS, ImageMode.NAIVE)
+    assert relative(naive[:, 0], prefilled[:, 0]) <= 3e-6
+    assert relative(naive[:, 1:], prefilled[:, 1:]) > 0.01
 
 
-def test_no_room_for_an_image_ends_the_reply(model, prompts):
-    (reply,) = generate_replies(model, prompts[:1], max_new_tokens=20)
-    assert reply.finish_reason == "length"
-    assert reply.images == []
-    assert len(reply.token_ids) <= 20
+def test_a_picture_depends_on_its_prompt_and_seed_alone(model):
+    together = [np.asarray(image, dtype=int) for image in generate_images(model, PROMPTS[:2], [1, 2], steps=2)]
+    alone = np.asarray(generate_images(model, PROMPTS[1:2], [2], steps=2)[0], dtype=int)
+    assert np.abs(together[1] - alone).max() <= 1
+    assert np.abs(together[0] - alone).max() > 50
 
 
-def test_an_image_can_be_demanded(model, prompts):
-    start = model.config.vision_start_token_id
-    weight = model.qwen.lm_head.weight
-    silenced = weight[start].clone()
-    with torch.no_grad():
-        weight[start] = 0  # this model would now go on writing
-        try:
-            (free,) = generate_replies(model, prompts[:1], max_new_tokens=130)
-            (demanded,) = generate_replies(model, prompts[:1], max_new_tokens=130, needs_image=True)
-        finally:
-            weight[start] = silenced
-    assert free.images == []
-    assert len(demanded.images) == 1
-    assert demanded.images[0].shape == (81, model.hidden_size)
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_an_empty_prompt_is_refused(model, prompt):
+    with pytest.raises(InputError, match="say what to draw"):
+        predict_embeddings(model, ["a star", prompt])
+
+
+def test_answers_are_about_their_own_images(model):
+    pictures = [Image.new("RGB", (96, 96), colour) for colour in ("white", "black")]
+    question = "What colour is the background?"
+    together = describe(model, pictures, [question] * 2, max_new_tokens=12)
+    alone = [describe(model, [picture], [question], max_new_tokens=12)[0] for picture in pictures]
+    assert together == alone
+    assert together[0] != together[1]
+
+
+def test_a_size_that_the_decoder_cannot_draw_is_refused(model):
+    with pytest.raises(InputError, match="multiples of 16"):
+        generate_images(model, ["a star"], [0], size=(96, 100))

@@ -41,7 +41,7 @@ def test_a_shifted_position_fails(monkeypatch):
     def shifted(height, width):
         return positions.image_offsets(height, width)[[0, 2, 1]]
 
-    monkeypatch.setattr("nexusgen.sampling.image_offsets", shifted)
+    monkeypatch.setattr("nexusgen.replies.image_offsets", shifted)
     assert any("image_embeddings" in name for name in failed(GOLDEN / "ar"))
 
 
