@@ -56,7 +56,13 @@ TAG_EVAL = "nexusgen.eval"
 TAG_GATE = "nexusgen.gate"
 TAG_PREVIOUS = "nexusgen.previous"
 
-CHAMPION_THRESHOLDS = {"generation.overall": 0.80, "understanding.overall": 0.60}  # of the demo world's scores
+# Of the demo world's scores, and of their number: 144 short prompts, 96 explicit captions, 192 questions.
+CHAMPION_THRESHOLDS = {
+    "n": 432.0,
+    "generation.overall": 0.85,
+    "generation.explicit_strict": 0.35,
+    "understanding.overall": 0.70,
+}
 
 Alias = Literal["candidate", "champion"]
 
@@ -430,7 +436,7 @@ def _refusal(config: PromoteConfig, fingerprint: str) -> str:
     for name, wanted in config.thresholds.items():
         found = scores.get(name, math.nan)
         if not found >= wanted:  # a missing score is NaN, and NaN fails
-            failed.append(f"{name} is {found:.3f}, wanted >= {wanted:.3f}")
+            failed.append(f"{name} is {found:.4g}, wanted >= {wanted:g}")
     return "; ".join(failed)
 
 

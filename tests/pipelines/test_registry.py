@@ -97,9 +97,10 @@ def registered(tmp_path_factory: pytest.TempPathFactory, base: Path) -> tuple[st
     return storage, stage_runs
 
 
-def score(storage: str, fingerprint: str, overall: float) -> None:
+def score(storage: str, fingerprint: str, overall: float, n: int = 432) -> None:
     """What `evaluate` leaves behind."""
-    scores = {"generation": {"overall": overall}, "understanding": {"overall": 0.9}}
+    generation = {"overall": overall, "explicit_strict": 0.5}
+    scores = {"n": n, "generation": generation, "understanding": {"overall": 0.9}}
     content = json.dumps({"fingerprint": fingerprint, "scores": scores})
     write_bytes_atomic(scores_uri(storage, fingerprint, "demo_world"), content.encode())
     attach_scores(storage, fingerprint, "demo_world", scores, run_id="evaluate-run")
@@ -168,11 +169,14 @@ def test_gate_aliases_and_rollback(tmp_path: Path, base: Path) -> None:
         promote(PromoteConfig(storage=storage, version=1, to="candidate"))
     with pytest.raises(InputError, match="no version has the alias"):
         resolve_model("models:/nexusgen@champion", storage)
+    score(storage, fingerprints[0], 0.9, n=50)
+    with pytest.raises(GateError, match="n is 50, wanted >= 432"):  # a smaller evaluation opens no gate
+        promote(PromoteConfig(storage=storage, version=1))
     score(storage, fingerprints[0], 0.9)
     score(storage, fingerprints[1], 0.3)
     score(storage, fingerprints[2], 0.95)
     assert promote(PromoteConfig(storage=storage, version=1)).outputs["previous"] is None
-    with pytest.raises(GateError, match=r"generation.overall is 0.300, wanted >= 0.800"):
+    with pytest.raises(GateError, match=r"generation.overall is 0.3, wanted >= 0.85"):
         promote(PromoteConfig(storage=storage, version=2))
     assert champion() == "1"
     refused = client.get_model_version("nexusgen", "2").tags
