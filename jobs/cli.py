@@ -10,7 +10,9 @@ from jobs import (
     describe,
     embed,
     evaluate,
+    export,
     generate,
+    import_model,
     inspect,
     make_base,
     pack,
@@ -36,6 +38,8 @@ COMMANDS = (
     serve,
     generate,
     describe,
+    import_model,
+    export,
     verify,
     make_base,
 )

@@ -191,6 +191,11 @@ def report_outcome(report: JobReport) -> Outcome:
     return Outcome("\n".join(lines), report.to_json())
 
 
+def report_progress(message: str) -> None:
+    """A line on standard error about what a long command does next."""
+    print(message, file=sys.stderr, flush=True)
+
+
 def check_output_file(path: Path, suffixes: Sequence[str]) -> None:
     """Find out before the work whether its result can be written. Raises: UsageError or InputError."""
     if path.suffix.lower() not in suffixes:

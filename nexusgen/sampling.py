@@ -20,23 +20,12 @@ from nexusgen.prompts import encode_prompt
 from nexusgen.replies import (
     MAX_TEXT_BEFORE_IMAGE,
     ImageMode,
-    PostImagePositions,
     Prompt,
     SamplingParams,
     decode_text,
     generate_replies,
 )
 from nexusgen.schema import IMAGE_MARK, Message
-
-__all__ = [
-    "PostImagePositions",
-    "Prompt",
-    "decode_embeddings",
-    "describe",
-    "generate_images",
-    "generate_replies",
-    "predict_embeddings",
-]
 
 
 def predict_embeddings(

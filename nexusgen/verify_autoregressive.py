@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,13 +16,14 @@ from torch import Tensor
 
 from nexusgen.comparison import FP32_TOLERANCE, GRADIENT_TOLERANCE, TOKEN_MARGIN, Case, compare, compare_exact
 from nexusgen.errors import InputError
-from nexusgen.images import Geometry, to_patches
+from nexusgen.images import to_patches
 from nexusgen.losses import AUTOREGRESSIVE_WEIGHTS, autoregressive_losses, total_loss
 from nexusgen.model.autoregressive import AutoregressiveModel, ConversationBatch, target_positions
+from nexusgen.model.released import import_model
 from nexusgen.model.weights import load_autoregressive, released_key
 from nexusgen.positions import conversation_positions
 from nexusgen.prompts import IGNORED_LABEL, Conversation
-from nexusgen.sampling import PostImagePositions, Prompt, generate_replies
+from nexusgen.replies import PostImagePositions, Prompt, generate_replies
 
 _NAN = float("nan")
 # Patches and patch grid of one image; sizes differ from image to image, so their axes have no names.
@@ -31,9 +33,9 @@ EncodedImage = tuple[Float[Tensor, "_ _"], Int[Tensor, "_ 3"]]
 def verify_autoregressive(folder: Path) -> Iterator[Case]:
     """Run every case recorded in `folder`: weights through the import path, fp32, one sample at a time."""
     expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
-    model = load_autoregressive(folder, Geometry())
+    model = _imported(folder)
     if (folder / "sharded").is_dir():
-        yield from _same_weights(model, load_autoregressive(folder / "sharded", Geometry()))
+        yield from _same_weights(model, _imported(folder / "sharded"))
     images: dict[str, EncodedImage] = {}
     for name in ("vision", "vision_targets"):
         if (folder / f"{name}.safetensors").is_file():
@@ -59,6 +61,13 @@ def _find_image(images: dict[str, EncodedImage], name: str, needed_by: Path) -> 
             f"leave {needed_by.name} out"
         )
     return images[name]
+
+
+def _imported(folder: Path) -> AutoregressiveModel:
+    with tempfile.TemporaryDirectory() as scratch:
+        model = Path(scratch) / "model"
+        manifest = import_model(model, autoregressive=folder)
+        return load_autoregressive(model / "autoregressive", manifest.geometry)
 
 
 def _same_weights(model: AutoregressiveModel, other: AutoregressiveModel) -> Iterator[Case]:

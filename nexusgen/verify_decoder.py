@@ -7,6 +7,7 @@ state; what it holds, all of it, is compared.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,10 @@ from nexusgen.comparison import (
 )
 from nexusgen.losses import total_loss
 from nexusgen.model.conditioners import MergerConfig
-from nexusgen.model.decoder import ConditionerKind, DecoderConfig, VisionDecoder, load_released_weights, released_shapes
+from nexusgen.model.decoder import ConditionerKind, VisionDecoder, load_decoder
 from nexusgen.model.decoder_keys import to_released
+from nexusgen.model.released import import_model
+from nexusgen.model.weights import DECODER_FOLDERS
 from nexusgen.positions import flux_image_ids, merger_positions
 
 Recorded = Mapping[str, Shaped[Tensor, "..."]]
@@ -81,24 +84,19 @@ def verify_decoder(folder: Path) -> Iterator[Case]:
 
 
 def golden_decoder(folder: Path, kind: ConditionerKind, dtype: torch.dtype) -> VisionDecoder:
-    """The decoder of a golden set, from its released file, at the sizes that the set states."""
+    """The decoder of a golden set: its released file imported, at the sizes that the set states, and loaded."""
     expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
-    sizes = expected["dit"]
     path = next(folder / name for name, of_kind in DECODER_FILES.items() if of_kind == kind)
-    weights = released_shapes(path)
-    embedding_name = "adapter.0.weight" if kind == "generation" else "embedding_merger.projector.1.weight"
-    config = DecoderConfig(
-        conditioner=kind,
-        embedding_dim=weights[embedding_name][1],
-        context_dim=sizes["ctx"],
-        token_positions="zeros" if kind == "generation" else "grid",
-        merger=_merger_config(expected) if kind == "editing" else None,
-    )
-    channels = weights["pipe.dit.x_embedder.weight"][1]
-    with torch.device("meta"):
-        decoder = VisionDecoder.from_config(config, _transformer_sizes(sizes, channels))
-    load_released_weights(decoder, path, dtype)
-    return decoder.eval()
+    with tempfile.TemporaryDirectory() as scratch:
+        model = Path(scratch) / "model"
+        import_model(
+            model,
+            generation_decoder=path if kind == "generation" else None,
+            editing_decoder=path if kind == "editing" else None,
+            axes_dims_rope=tuple(expected["dit"]["axes"]),
+            merger=_merger_config(expected) if kind == "editing" else None,
+        )
+        return load_decoder(model / DECODER_FOLDERS[f"{kind}_decoder"], dtype)
 
 
 def _merger_config(expected: Mapping[str, Any]) -> MergerConfig:
@@ -112,20 +110,6 @@ def _merger_config(expected: Mapping[str, Any]) -> MergerConfig:
         mrope_section=tuple(sizes["rope_scaling"]["mrope_section"]),
         expand_ratio=expected.get("expand_ratio", 4),
     )
-
-
-def _transformer_sizes(sizes: Mapping[str, Any], packed_channels: int) -> dict[str, Any]:
-    return {
-        "in_channels": packed_channels,
-        "num_layers": sizes["nb"],
-        "num_single_layers": sizes["ns"],
-        "attention_head_dim": sizes["dim"] // sizes["heads"],
-        "num_attention_heads": sizes["heads"],
-        "joint_attention_dim": sizes["ctx"],
-        "pooled_projection_dim": sizes["pooled"],
-        "guidance_embeds": True,
-        "axes_dims_rope": tuple(sizes["axes"]),
-    }
 
 
 def _weights(golden: _GoldenSet) -> Iterator[Case]:

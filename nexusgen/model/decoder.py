@@ -6,7 +6,6 @@ Folder layout: `conditioner.json` (DecoderConfig), `conditioner.safetensors`, `t
 from __future__ import annotations
 
 import math
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -24,7 +23,6 @@ from nexusgen.config import Config
 from nexusgen.errors import ModelError, ShapeError
 from nexusgen.flow_matching import VelocityFunction, guide
 from nexusgen.model.conditioners import EditingConditioner, GenerationConditioner, MergerConfig
-from nexusgen.model.decoder_keys import from_released
 from nexusgen.model.tensors import iterate_file, iterate_tensors, load_strictly, save_tensors
 from nexusgen.positions import TokenPositions, flux_image_ids, flux_token_ids
 
@@ -38,7 +36,7 @@ _SINUSOID_SIZE = 256  # FLUX.1 [dev], fixed in diffusers' class
 # This frequency lies almost in the middle between two fp32 numbers (0.479 of the way up). The machine that recorded the
 # reference's predictions took the upper one: with it all of them agree to 1e-6, without it some differ by 6e-6.
 _ROUNDED_UP = 12
-_TRANSFORMER_STEM = "diffusion_pytorch_model"
+TRANSFORMER_STEM = "diffusion_pytorch_model"
 
 
 class DecoderConfig(Config):
@@ -134,6 +132,13 @@ def sinusoid(values: Float[Tensor, " values"]) -> Float[Tensor, "values 256"]:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def make_conditioner(config: DecoderConfig) -> GenerationConditioner | EditingConditioner:
+    """A conditioner of the config's kind and sizes, with torch's own random weights."""
+    if config.merger is None:
+        return GenerationConditioner(config.embedding_dim, config.context_dim)
+    return EditingConditioner(config.embedding_dim, config.context_dim, config.merger)
+
+
 class VisionDecoder(nn.Module):
     """Predicts the velocity of noisy latents under image embeddings. `transformer` is diffusers' own class."""
 
@@ -152,11 +157,7 @@ class VisionDecoder(nn.Module):
         transformer.time_text_embed = ModulationEmbedding(transformer.time_text_embed)
         self.config = config
         self.numerics = numerics
-        self.conditioner: GenerationConditioner | EditingConditioner
-        if config.merger is None:
-            self.conditioner = GenerationConditioner(config.embedding_dim, config.context_dim)
-        else:
-            self.conditioner = EditingConditioner(config.embedding_dim, config.context_dim, config.merger)
+        self.conditioner = make_conditioner(config)
         self.transformer = transformer
 
     @classmethod
@@ -335,45 +336,15 @@ def _is_modulation(name: str, module: nn.Module) -> bool:
     return name.startswith("norm") and hasattr(module, "linear")
 
 
-def load_released_weights(decoder: VisionDecoder, path: Path, dtype: torch.dtype | None = None) -> None:
-    """Fill a decoder (may be on meta) from a released `generation_decoder.bin` or `edit_decoder.bin`, or safetensors.
-
-    `dtype` None keeps the file's. Raises: ModelError if the file can't be read or its tensors don't fit exactly.
-    """
-    state = from_released(_read_released(path))
-    load_strictly(decoder, {name: tensor.to(dtype or tensor.dtype) for name, tensor in state.items()}, str(path))
-
-
-def released_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of a released decoder's tensors by name. Raises: ModelError if the file can't be read."""
-    return {name: tuple(tensor.shape) for name, tensor in _read_released(path).items()}
-
-
-def _read_released(path: Path) -> dict[str, Shaped[Tensor, ...]]:
-    if path.suffix == ".safetensors":
-        return dict(iterate_file(path))
-    try:
-        # weights_only: a checkpoint of pickled objects is refused, not run. mmap: tensors are read as they are used.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"{path} can't be read as a checkpoint of plain tensors: {reason}") from None
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ModelError(f"{path}: expected a flat mapping of names to tensors")
-    return state
-
-
 def save_decoder(decoder: VisionDecoder, folder: Path, dtype: torch.dtype) -> None:
     """Write the decoder's folder, floating tensors in `dtype`; plain diffusers can open `transformer/`."""
     transformer_folder = folder / "transformer"
     transformer_folder.mkdir(parents=True, exist_ok=True)
-    (folder / "conditioner.json").write_text(
-        decoder.config.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8"
-    )
+    write_decoder_config(decoder.config, folder)
     save_tensors(decoder.conditioner.state_dict(), folder / "conditioner.safetensors", dtype)
     decoder.transformer.to_json_file(transformer_folder / "config.json")
     state = {name: tensor.detach().to("cpu", dtype) for name, tensor in decoder.transformer.state_dict().items()}
-    save_torch_state_dict(state, transformer_folder, filename_pattern=_TRANSFORMER_STEM + "{suffix}.safetensors")
+    save_torch_state_dict(state, transformer_folder, filename_pattern=TRANSFORMER_STEM + "{suffix}.safetensors")
 
 
 def load_decoder(
@@ -391,7 +362,7 @@ def load_decoder(
     with torch.device("meta"):
         decoder = VisionDecoder(config, FluxTransformer2DModel.from_config(sizes), numerics)
     state = {f"conditioner.{name}": tensor for name, tensor in iterate_file(folder / "conditioner.safetensors")}
-    state |= {f"transformer.{name}": t for name, t in iterate_tensors(folder / "transformer", _TRANSFORMER_STEM)}
+    state |= {f"transformer.{name}": t for name, t in iterate_tensors(folder / "transformer", TRANSFORMER_STEM)}
     load_strictly(decoder, {name: tensor.to(device, dtype) for name, tensor in state.items()}, str(folder))
     return decoder.eval()
 
@@ -403,3 +374,9 @@ def read_decoder_config(folder: Path) -> DecoderConfig:
         return DecoderConfig.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, ValidationError) as error:
         raise ModelError(f"{folder} is not a decoder's folder: {path.name} can't be read: {error}") from None
+
+
+def write_decoder_config(config: DecoderConfig, folder: Path) -> None:
+    """Write a decoder folder's `conditioner.json`."""
+    text = config.model_dump_json(indent=2, exclude_none=True) + "\n"
+    (folder / "conditioner.json").write_text(text, encoding="utf-8")

@@ -31,7 +31,7 @@ from nexusgen.images import Geometry, image_processor
 from nexusgen.model.autoencoder import ImageAutoencoder, load_autoencoder
 from nexusgen.model.autoregressive import AutoregressiveModel
 from nexusgen.model.decoder import Numerics, VisionDecoder, load_decoder, save_decoder
-from nexusgen.model.tensors import iterate_tensors, load_strictly, save_tensors
+from nexusgen.model.tensors import iterate_file, iterate_tensors, load_strictly, save_tensors
 from nexusgen.prompts import load_tokenizer
 from nexusgen.schema import MANIFEST_NAME
 
@@ -149,6 +149,11 @@ def load_model(
             folder / DECODER_FOLDERS["editing_decoder"], dtype, device, manifest.numerics
         )
     if set(wanted) & set(DECODER_FOLDERS):
+        if not (folder / "prompt_constants.safetensors").is_file():
+            raise ModelError(
+                f"{folder} has no prompt_constants.safetensors, which its decoders need; import the model again with "
+                "--flux and a FLUX.1-dev folder that holds the text encoders and tokenizers"
+            )
         constants = load_file(folder / "prompt_constants.safetensors", device=str(device))
         model.pooled_prompt = constants["pooled_prompt"].to(dtype)
         model.negative_context = constants["negative_context"].to(dtype)
@@ -169,7 +174,12 @@ def load_autoregressive(
     with torch.device("meta"):
         model = AutoregressiveModel(config, geometry)
     state = {module_key(name): tensor.to(device, dtype) for name, tensor in iterate_tensors(folder)}
+    is_tied = bool(config.tie_word_embeddings)
+    if is_tied:  # the smaller Qwen2.5-VL store one matrix for both
+        state.setdefault("qwen.lm_head.weight", state["qwen.model.language_model.embed_tokens.weight"])
     load_strictly(model, state, str(folder))
+    if is_tied:
+        model.qwen.tie_weights()
     _rebuild_rotary_tables(model, device)
     return model.eval()
 
@@ -196,7 +206,7 @@ def tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digests = []
     for name, tensor in tensors:
         digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
         digests.append(digest.hexdigest())
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
 
@@ -233,14 +243,13 @@ def write_manifest(folder: Path, **values: Any) -> Manifest:
 def _part_fingerprints(folder: Path) -> dict[str, str]:
     fingerprints = {}
     if (folder / "autoregressive").is_dir():
-        tensors = list(iterate_tensors(folder / "autoregressive"))
-        fingerprints["autoregressive"] = tensors_fingerprint(tensors)
-        fingerprints["vision"] = tensors_fingerprint((n, t) for n, t in tensors if n.startswith("visual."))
+        tensors = dict(iterate_tensors(folder / "autoregressive"))
+        fingerprints["autoregressive"] = tensors_fingerprint(tensors.items())
+        fingerprints["vision"] = tensors_fingerprint((n, t) for n, t in tensors.items() if n.startswith("visual."))
     for part, place in (*DECODER_FOLDERS.items(), ("vae", "vae")):
         if (folder / place).is_dir():
             files = sorted((folder / place).rglob("*.safetensors"))
-            tensors = [(f"{f.stem}/{name}", t) for f in files for name, t in load_file(f).items()]
-            fingerprints[part] = tensors_fingerprint(tensors)
+            fingerprints[part] = tensors_fingerprint((f"{f.stem}/{n}", t) for f in files for n, t in iterate_file(f))
     return fingerprints
 
 

@@ -289,6 +289,34 @@ def test_verify_fails_on_a_difference(nexusgen: Run, tmp_path: Path, monkeypatch
     assert "FAIL" in err
 
 
+def test_import_and_export(nexusgen: Run, tmp_path: Path) -> None:
+    golden = Path(__file__).parents[1] / "golden"
+    code, out, _ = nexusgen(
+        *("import", "--autoregressive", golden / "ar", "--out", tmp_path / "model", "--json"),
+        *("--generation-decoder", golden / "gen_decoder" / "generation_decoder.bin"),
+        *("--editing-decoder", golden / "edit_decoder" / "edit_decoder.bin"),
+    )
+    assert code == 0
+    found = json.loads(out)
+    assert found["parts"] == ["autoregressive", "generation_decoder", "editing_decoder"]
+    assert found["fingerprint"] == read_manifest(tmp_path / "model").fingerprint
+    assert [text.split()[0] for text in found["lacks"]] == ["tokenizer", "vae", "prompt"]
+    code, out, _ = nexusgen("export", tmp_path / "model", "--out", tmp_path / "out", "--json")
+    assert code == 0
+    files = json.loads(out)["files"]
+    assert files == sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert {"model.safetensors", "config.json", "generation_decoder.bin", "edit_decoder.bin"} <= set(files)
+    assert "not an empty folder" in refused(nexusgen("export", tmp_path / "model", "--out", tmp_path / "out"))
+    assert "no tokenizer" in refused(nexusgen("generate", "a", "-o", tmp_path / "x.png", "--model", tmp_path / "model"))
+
+
+def test_import_of_nothing_is_2(nexusgen: Run, tmp_path: Path) -> None:
+    assert refused(nexusgen("import", "--out", tmp_path / "model")).startswith("2 nothing to import")
+    assert nexusgen("import", "--autoregressive", tmp_path)[0] == 2  # no --out
+    line = refused(nexusgen("import", "--autoregressive", tmp_path / "absent", "--out", tmp_path / "model"))
+    assert "absent doesn't exist" in line
+
+
 def test_verify_needs_a_golden_set(nexusgen: Run, tmp_path: Path) -> None:
     assert "no golden set" in refused(nexusgen("verify", tmp_path))
 
