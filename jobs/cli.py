@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from jobs import (
     demo,
     describe,
+    edit,
     embed,
     evaluate,
     export,
@@ -37,6 +38,7 @@ COMMANDS = (
     promote,
     serve,
     generate,
+    edit,
     describe,
     import_model,
     export,

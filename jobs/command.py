@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar
 from nexusgen.errors import InputError, NexusgenError, UsageError
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from nexusgen.config import Config
     from pipelines.runtime import JobReport
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 DEMO_CONFIGS = Path(__file__).parent / "configs" / "demo"
 DEFAULT_STORAGE = "runs/demo"
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # of pictures that a command writes
 
 # Set before the libraries are imported, in this process and those that it starts; what the user has set stays.
 _QUIET = {
@@ -205,6 +208,28 @@ def check_output_file(path: Path, suffixes: Sequence[str]) -> None:
     if path.is_dir():
         raise InputError(f"-o {path}: that is a folder; give the name of a file")
     check_folder(path.parent)
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture's file, decoded. Raises: InputError if it can't be read or isn't a usable picture."""
+    from nexusgen.errors import SampleError
+    from nexusgen.images import decode_image
+
+    try:
+        return decode_image(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read the picture {path}: {error.strerror or error}") from None
+    except SampleError as error:
+        raise InputError(f"{path} can't be used as a picture: {error}") from None
+
+
+def write_picture(picture: Image.Image, path: Path, made: Mapping[str, str | int | None]) -> None:
+    """Write a picture that says what made it; the file appears whole or not at all."""
+    from nexusgen.images import encode_picture
+
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.write_bytes(encode_picture(picture, made, FORMATS[path.suffix.lower()]))
+    unfinished.replace(path)
 
 
 def check_folder(folder: Path) -> None:

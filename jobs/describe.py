@@ -7,8 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from jobs.command import Outcome, add_model_arguments, find_model, main_of
-from nexusgen.errors import InputError, SampleError
+from jobs.command import Outcome, add_model_arguments, find_model, main_of, read_picture
 
 NAME = "describe"
 HELP = "Describe a picture, or answer a question about it."
@@ -24,21 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Outcome:
     """Ask the model."""
-    try:
-        data = arguments.image.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read the picture {arguments.image}: {error.strerror or error}") from None
+    image = read_picture(arguments.image)
     folder = find_model(arguments)
     import torch
 
-    from nexusgen.images import decode_image
     from nexusgen.model.weights import load_model
     from nexusgen.sampling import describe
 
-    try:
-        image = decode_image(data)
-    except SampleError as error:
-        raise InputError(f"{arguments.image} can't be used as a picture: {error}") from None
     torch.set_num_threads(1)
     print(f"describe: model {folder}", file=sys.stderr, flush=True)
     model = load_model(folder, ["autoregressive"])

@@ -7,11 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-from jobs.command import Outcome, add_model_arguments, check_output_file, find_model, main_of
+from jobs.command import FORMATS, Outcome, add_model_arguments, check_output_file, find_model, main_of, write_picture
 
 NAME = "generate"
 HELP = "Draw a picture of a text."
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +26,6 @@ def run(arguments: argparse.Namespace) -> Outcome:
     folder = find_model(arguments)
     import torch
 
-    from nexusgen.images import encode_picture
     from nexusgen.model.weights import load_model
     from nexusgen.sampling import generate_images
 
@@ -39,9 +37,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
     seconds = time.monotonic() - started
     steps = arguments.steps or model.manifest.num_inference_steps
     made = {"fingerprint": model.manifest.fingerprint, "seed": arguments.seed, "steps": steps}
-    unfinished = arguments.out.with_name(f".{arguments.out.name}.tmp")
-    unfinished.write_bytes(encode_picture(picture, made, FORMATS[arguments.out.suffix.lower()]))
-    unfinished.replace(arguments.out)
+    write_picture(picture, arguments.out, made)
     data = {
         "out": str(arguments.out),
         **made,

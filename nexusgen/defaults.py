@@ -22,5 +22,6 @@ GUIDANCE_SCALE = 3.5  # FLUX's distilled guidance, embedded
 GENERATION_TRUE_CFG_SCALE = 3.0  # two-pass guidance of the generation decoder at inference
 EDITING_TRUE_CFG_SCALE = 1.0
 NUM_INFERENCE_STEPS = 50
+MAX_OUTPUT_PIXELS = 2048 * 2048  # of a picture; FLUX.1 [dev] was trained at up to 2 million
 
 SYSTEM_PROMPT = "You are a helpful assistant."

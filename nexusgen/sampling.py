@@ -10,11 +10,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from nexusgen import defaults
 from nexusgen.errors import InputError, ModelError
 from nexusgen.flow_matching import euler_sample, initial_noise
-from nexusgen.images import from_pixels, input_image, to_patches
+from nexusgen.images import from_pixels, input_image, reference_image, to_patches
 from nexusgen.model.autoencoder import decode_latents, latent_shape
 from nexusgen.model.autoregressive import AutoregressiveModel
+from nexusgen.model.decoder import ConditionerKind
 from nexusgen.model.weights import Model
 from nexusgen.prompts import encode_prompt
 from nexusgen.replies import (
@@ -43,11 +45,49 @@ def predict_embeddings(
             raise InputError("the prompt is empty; say what to draw")
         message = Message("user", prompt.replace(IMAGE_MARK, " "))
         requests.append(Prompt(encode_prompt(tokenizer, [message], []), nothing))
+    return _predict(autoregressive, requests, image_mode)
+
+
+def predict_edits(
+    model: Model, images: Sequence[Image.Image], instructions: Sequence[str]
+) -> Float[Tensor, "images tokens hidden"]:
+    """The embeddings that the autoregressive model predicts for each image after its instruction.
+
+    Raises: as `predict_embeddings`.
+    """
+    for instruction in instructions:
+        if not instruction.strip():
+            raise InputError("the instruction is empty; say what to change")
+    autoregressive, _ = _autoregressive_part(model)
+    return _predict(autoregressive, _show(model, images, instructions, separator=" "), ImageMode.ONE_PASS)
+
+
+def _predict(
+    autoregressive: AutoregressiveModel, requests: Sequence[Prompt], image_mode: ImageMode
+) -> Float[Tensor, "prompts tokens hidden"]:
     # Nothing is wanted after the image; a model that has not learned to stop would write on to the limit.
     room = MAX_TEXT_BEFORE_IMAGE + 1 + autoregressive.geometry.num_target_tokens
     sampling = [SamplingParams(max_new_tokens=room, needs_image=True)] * len(requests)
     replies = generate_replies(autoregressive, requests, sampling, image_mode=image_mode)
     return torch.stack([reply.images[0] for reply in replies])
+
+
+@torch.no_grad()
+def _show(model: Model, images: Sequence[Image.Image], texts: Sequence[str], separator: str) -> list[Prompt]:
+    """One message about each image: the image at its own aspect, then the text."""
+    autoregressive, tokenizer = _autoregressive_part(model)
+    geometry = model.manifest.geometry
+    device = autoregressive.vision_head.weight.device
+    pixels, grids = to_patches([input_image(image, geometry) for image in images], geometry)
+    embeddings = autoregressive.encode_images(pixels.to(device), grids.to(device))
+    prompts = []
+    for text, (_, height, width) in zip(texts, grids.tolist(), strict=True):
+        grid = (height // geometry.merge_size, width // geometry.merge_size)
+        message = Message("user", f"{IMAGE_MARK}{separator}{text.replace(IMAGE_MARK, ' ')}")
+        count = grid[0] * grid[1]
+        prompts.append(Prompt(encode_prompt(tokenizer, [message], [grid]), embeddings[:count]))
+        embeddings = embeddings[count:]
+    return prompts
 
 
 @torch.no_grad()
@@ -58,23 +98,36 @@ def decode_embeddings(
     steps: int | None = None,
     size: tuple[int, int] | None = None,
     true_cfg_scale: float | None = None,
+    decoder: ConditionerKind = "generation",
+    reference: Float[Tensor, "images reference_tokens hidden"] | None = None,
 ) -> list[Image.Image]:
-    """Pictures from image embeddings by the generation decoder; picture i depends on seed i alone, not on company.
+    """Pictures from image embeddings by a decoder; picture i depends on seed i alone, not on company.
 
-    `size` is (height, width) in pixels; what isn't given comes from the model's manifest.
-    Raises: ModelError if the folder has no decoder; InputError for a size that isn't a multiple of 16.
+    `size` is (height, width) in pixels; what isn't given comes from the model's manifest. `reference` holds the
+    embeddings, at reference size, of the pictures that an editing decoder keeps to.
+    Raises: ModelError if the folder has no such decoder; InputError for a size that isn't a multiple of 16, or beyond
+    `defaults.MAX_OUTPUT_PIXELS`.
     """
-    if model.generation_decoder is None or model.autoencoder is None or model.scheduler is None:
-        raise ModelError(f"{model.folder} has no generation decoder; it holds {', '.join(model.manifest.parts)}")
+    part = model.generation_decoder if decoder == "generation" else model.editing_decoder
+    if part is None or model.autoencoder is None or model.scheduler is None:
+        raise ModelError(f"{model.folder} has no {decoder} decoder; it holds {', '.join(model.manifest.parts)}")
     height, width = size if size is not None else model.manifest.image_size
-    if height <= 0 or width <= 0 or height % 16 or width % 16:
-        raise InputError(f"size {height}x{width}: both sides must be positive multiples of 16")
-    assert model.pooled_prompt is not None  # loaded with the decoder
-    velocity = model.generation_decoder.velocity_function(
-        model.generation_decoder.context(embeddings),
+    if height <= 0 or width <= 0 or height % 16 or width % 16 or height * width > defaults.MAX_OUTPUT_PIXELS:
+        raise InputError(
+            f"size {height}x{width}: both sides must be positive multiples of 16, and their product at most "
+            f"{defaults.MAX_OUTPUT_PIXELS:,} pixels"
+        )
+    if model.pooled_prompt is None:
+        raise ModelError(f"{model.folder} has no prompt constants, which its {decoder} decoder needs")
+    if true_cfg_scale is None:
+        is_editing = decoder == "editing"
+        true_cfg_scale = defaults.EDITING_TRUE_CFG_SCALE if is_editing else model.manifest.true_cfg_scale
+    velocity = part.velocity_function(
+        part.context(embeddings, reference),
         model.pooled_prompt,
         model.negative_context,
-        true_cfg_scale if true_cfg_scale is not None else model.manifest.true_cfg_scale,
+        true_cfg_scale,
+        has_reference=reference is not None,
     )
     noise = initial_noise(seeds, latent_shape(model.autoencoder, (height, width)))
     num_steps = steps if steps is not None else model.manifest.num_inference_steps
@@ -95,22 +148,37 @@ def generate_images(
 
 
 @torch.no_grad()
+def edit_images(
+    model: Model,
+    images: Sequence[Image.Image],
+    instructions: Sequence[str],
+    seeds: Sequence[int],
+    steps: int | None = None,
+    size: tuple[int, int] | None = None,
+    decoder: ConditionerKind = "editing",
+) -> list[Image.Image]:
+    """Each image, changed as its instruction says. Errors as `predict_edits` and `decode_embeddings`.
+
+    The editing decoder sees the original beside the predicted embeddings; the generation decoder draws from these
+    alone, so that what they don't hold is made anew.
+    """
+    predicted = predict_edits(model, images, instructions)
+    reference = None
+    if decoder == "editing":
+        autoregressive, _ = _autoregressive_part(model)
+        geometry = model.manifest.geometry
+        pixels, grids = to_patches([reference_image(image, geometry, training=False) for image in images], geometry)
+        encoded = autoregressive.encode_images(pixels.to(predicted.device), grids.to(predicted.device))
+        reference = encoded.unflatten(0, (len(images), -1))
+    return decode_embeddings(model, predicted, seeds, steps, size, decoder=decoder, reference=reference)
+
+
 def describe(
     model: Model, images: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int = 128
 ) -> list[str]:
     """Answers to questions, one about each image. Raises: as `predict_embeddings`."""
     autoregressive, tokenizer = _autoregressive_part(model)
-    geometry = model.manifest.geometry
-    device = autoregressive.vision_head.weight.device
-    pixels, grids = to_patches([input_image(image, geometry) for image in images], geometry)
-    embeddings = autoregressive.encode_images(pixels.to(device), grids.to(device))
-    prompts = []
-    for question, (_, height, width) in zip(questions, grids.tolist(), strict=True):
-        grid = (height // geometry.merge_size, width // geometry.merge_size)
-        message = Message("user", f"{IMAGE_MARK}\n{question.replace(IMAGE_MARK, ' ')}")
-        count = grid[0] * grid[1]
-        prompts.append(Prompt(encode_prompt(tokenizer, [message], [grid]), embeddings[:count]))
-        embeddings = embeddings[count:]
+    prompts = _show(model, images, questions, separator="\n")
     replies = generate_replies(autoregressive, prompts, max_new_tokens=max_new_tokens)
     return [decode_text(tokenizer, reply.token_ids).strip() for reply in replies]
 

@@ -219,6 +219,23 @@ def test_size_and_steps_of_a_picture(nexusgen: Run, model: Path, tmp_path: Path)
         assert picture.size == (80, 32)
 
 
+def test_edit_draws_with_the_decoder_that_is_named(nexusgen: Run, model: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "in.png", tmp_path / "out.webp"
+    Image.new("RGB", (64, 48), "red").save(source)
+    line = refused(nexusgen("edit", source, "Make it blue.", "-o", out, "--model", model))
+    assert "no editing_decoder" in line
+    assert "--decoder generation" in line
+    arguments = ("edit", source, "Make it blue.", "-o", out, "--model", model, "--decoder", "generation", "--steps", 1)
+    code, text, _ = nexusgen(*arguments, "--json")
+    assert code == 0
+    assert json.loads(text)["decoder"] == "generation"
+    with Image.open(out) as picture:
+        assert (picture.format, picture.size) == ("WEBP", (96, 96))
+    source.write_bytes(b"no picture")
+    assert "can't be used as a picture" in refused(nexusgen(*arguments))
+    assert "say what to change" in refused(nexusgen("edit", out, " ", *arguments[3:]))
+
+
 def test_size_that_the_model_cannot_draw(nexusgen: Run, model: Path, tmp_path: Path) -> None:
     line = refused(nexusgen("generate", "a star", "-o", tmp_path / "x.png", "--model", model, "--size", "50"))
     assert "multiples of 16" in line
