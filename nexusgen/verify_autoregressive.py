@@ -207,13 +207,23 @@ def _generation_cases(
     sequence = recorded["sequence"]
     positions, next_position = conversation_positions(prompt_ids, grids, model.image_token_id)
     conversation = Conversation(prompt_ids, np.full_like(prompt_ids, IGNORED_LABEL), positions, next_position)
-    (reply,) = generate_replies(
-        model,
-        [Prompt(conversation, embeddings)],
-        max_new_tokens=len(sequence) - len(prompt_ids),
-        post_image_positions=PostImagePositions.RELEASED,
-        keep_logits=True,
+    fed: list[Tensor] = []
+    hook = model.qwen.model.language_model.register_forward_pre_hook(
+        lambda _, __, inputs: fed.append(inputs["position_ids"][:, 0]), with_kwargs=True
     )
+    try:
+        (reply,) = generate_replies(
+            model,
+            [Prompt(conversation, embeddings)],
+            max_new_tokens=len(sequence) - len(prompt_ids),
+            post_image_positions=PostImagePositions.RELEASED,
+            keep_logits=True,
+        )
+    finally:
+        hook.remove()
+    if "position_ids_fed" in recorded:
+        want = recorded["position_ids_fed"]  # the reference leaves the last token unread
+        yield compare_exact(f"{name}.position_ids_fed", torch.cat(fed, dim=1)[:, : want.shape[1]], want)
     new = sequence[len(prompt_ids) :]
     wrong = _decided_mismatches(torch.tensor(reply.token_ids), new, recorded["step_index"], recorded["step_logits"])
     yield compare_exact(f"{name}.token_ids_decided", torch.tensor(wrong), torch.tensor(0))

@@ -64,6 +64,7 @@ class Manifest(Config):
     fingerprints: dict[str, str]  # sha256 by part, over names, shapes and bytes of its tensors; `vision` is the tower's
     fingerprint: str  # of the whole folder: sha256 over the parts' fingerprints
     geometry: Geometry
+    token_counts: dict[str, int] = Field(default_factory=dict)  # of an image in the roles `target` and `reference`
     image_size: tuple[int, int]  # (height, width) in pixels that the decoder makes by default
     num_inference_steps: int
     true_cfg_scale: float
@@ -231,11 +232,13 @@ def write_manifest(folder: Path, **values: Any) -> Manifest:
     parts = tuple(part for part in PARTS if part in fingerprints)
     manifest = Manifest(parts=parts, fingerprints=fingerprints, fingerprint="", **values)
     # Whatever changes an answer: weights, small files beside them, sizes and defaults; not the lineage.
-    settings = manifest.model_dump(mode="json", exclude={"lineage", "version", "fingerprint"})
+    settings = manifest.model_dump(mode="json", exclude={"lineage", "version", "fingerprint", "token_counts"})
     small_files = [(folder / name).read_bytes() for name in _SMALL_FILES if (folder / name).is_file()]
     settings["files"] = [hashlib.sha256(content).hexdigest() for content in small_files]
     whole = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    manifest = manifest.model_copy(update={"fingerprint": whole[:16]})
+    grids = {"target": manifest.geometry.target_grid, "reference": manifest.geometry.reference_grid}
+    token_counts = {role: height * width for role, (height, width) in grids.items()}
+    manifest = manifest.model_copy(update={"fingerprint": whole[:16], "token_counts": token_counts})
     (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return manifest
 

@@ -27,6 +27,7 @@ def test_the_shipped_base_is_small_whole_and_bf16():
     base = demo_base()
     assert sum(f.stat().st_size for f in base.rglob("*.safetensors")) <= 12_000_000
     assert read_manifest(base).parts == ("autoregressive", "generation_decoder", "vae")
+    assert read_manifest(base).token_counts == {"target": 9, "reference": 36}
     tensors = load_file(base / "autoregressive" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     load_model(base)
