@@ -117,7 +117,7 @@ def execute(arguments: argparse.Namespace) -> int:
         _complain(f"{place}{error.strerror or error}")
         return EXIT_FAILED
     except KeyboardInterrupt:
-        _complain("interrupted; started again, the job goes on from what is finished")
+        _complain("interrupted; started again, a job goes on from what is finished")
         return EXIT_INTERRUPTED
     except Exception as error:
         service = type(error).__module__.partition(".")[0]
@@ -159,7 +159,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--storage", metavar="URI", default=DEFAULT_STORAGE, help="where registered models are (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=_natural, default=0, help="of the picture's noise (default: %(default)s)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the picture's noise (default: %(default)s)")
     parser.add_argument("--steps", type=_positive, help="denoising steps (default: the model's own)")
     parser.add_argument(
         "--size", type=_size, metavar="HEIGHTxWIDTH", help="of the picture in pixels (default: the model's own)"
@@ -307,9 +307,9 @@ def _short(value: Any) -> str:
     return json.dumps(_plain(value), ensure_ascii=False) if isinstance(value, dict | list) else str(value)
 
 
-def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} isn't a whole number >= 0")
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a whole number from 0 to 2**63 - 1")
     return int(text)
 
 

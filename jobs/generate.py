@@ -26,12 +26,12 @@ def run(arguments: argparse.Namespace) -> Outcome:
     folder = find_model(arguments)
     import torch
 
-    from nexusgen.model.weights import load_model
+    from nexusgen.model.weights import DRAWING_PARTS, load_model
     from nexusgen.sampling import generate_images
 
     torch.set_num_threads(1)  # as in a replica of `serve`; sums in another order would change last bits
     print(f"generate: model {folder}", file=sys.stderr, flush=True)
-    model = load_model(folder)
+    model = load_model(folder, DRAWING_PARTS)
     started = time.monotonic()
     picture = generate_images(model, [arguments.prompt], [arguments.seed], arguments.steps, arguments.size)[0]
     seconds = time.monotonic() - started

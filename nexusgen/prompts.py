@@ -81,10 +81,13 @@ def validate_messages(messages: Sequence[Message], num_images: int) -> None:
 
 
 def _check_unicode(text: str, index: int) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise SampleError("text_invalid", f"message {index} isn't valid Unicode: {error.reason}") from None
+    if not _is_unicode(text):
+        raise SampleError("text_invalid", f"message {index} isn't valid Unicode")
+
+
+def _is_unicode(text: str) -> bool:
+    """False if the text holds lone surrogates, as bytes on a command line that aren't UTF-8 become."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 _GENERATION_REPLY = {
@@ -160,7 +163,12 @@ class _Tokens:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of plain text; control tokens written in it are spelled out as ordinary text."""
+    """Token ids of plain text; control tokens written in it are spelled out as ordinary text.
+
+    Raises: InputError if the text isn't valid Unicode.
+    """
+    if not _is_unicode(text):
+        raise InputError("the text isn't valid Unicode: give it in UTF-8")
     encoded: Any = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
     ids: list[int] = encoded["input_ids"]
     return ids

@@ -68,6 +68,14 @@ def _predict(
     # Nothing is wanted after the image; a model that has not learned to stop would write on to the limit.
     room = MAX_TEXT_BEFORE_IMAGE + 1 + autoregressive.geometry.num_target_tokens
     sampling = [SamplingParams(max_new_tokens=room, needs_image=True)] * len(requests)
+    context = int(autoregressive.text_config.max_position_embeddings)
+    for request in requests:
+        length = len(request.conversation.input_ids)
+        if length + room > context:
+            raise InputError(
+                f"the prompt has {length:,} tokens, images included; with the {room} of the reply they must fit the "
+                f"model's context of {context:,}: shorten it"
+            )
     replies = generate_replies(autoregressive, requests, sampling, image_mode=image_mode)
     return torch.stack([reply.images[0] for reply in replies])
 

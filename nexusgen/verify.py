@@ -23,11 +23,17 @@ def verify(folder: Path) -> Iterator[Case]:
     found = False
     for candidate in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())) if folder.is_dir() else ():
         if any((candidate / name).is_file() for name in DECODER_FILES) and (candidate / "io.safetensors").is_file():
-            found = True
-            yield from verify_decoder(candidate)
+            cases = verify_decoder(candidate)
         elif (candidate / "config.json").is_file() and (candidate / "expected.json").is_file():
-            found = True
-            yield from verify_autoregressive(candidate)
+            cases = verify_autoregressive(candidate)
+        else:
+            continue
+        found = True
+        case = None
+        for case in cases:
+            yield case
+        if case is None:
+            raise InputError(f"{candidate} is a golden set without a recorded case: nothing was compared")
     if not found:
         raise InputError(
             f"{folder}: no golden set found; expected a folder with config.json and expected.json (autoregressive) or "

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field, model_validator
 
 from nexusgen.config import Config, dump_config
-from nexusgen.model.weights import Manifest, load_model, read_manifest
+from nexusgen.model.weights import DRAWING_PARTS, Manifest, load_model, read_manifest
 from pipelines import embedded, registry, runtime, storage, tracking
 from pipelines.runtime import JobReport
 from pipelines.suites import DemoWorldSuite, EvaluationSuite, RetrievalSuite, Row, Unit
@@ -103,7 +103,9 @@ class SuiteActor:
         # Found here, not in the driver: on a cluster this may be another machine, with a cache of its own.
         folder = registry.resolve_model(model, storage_uri)
         self._schema = suite.schema
-        self._work = suite.worker(load_model(folder))
+        self._work = suite.worker(
+            load_model(folder, [part for part in DRAWING_PARTS if part in read_manifest(folder).parts])
+        )
 
     def __call__(self, batch: dict[str, Any]) -> pa.Table:
         """Rows of the units in the batch."""

@@ -215,11 +215,11 @@ class ModelReplica:
         # Heavy imports stay out of the driver and the ingress.
         import torch
 
-        from nexusgen.model.weights import load_model
+        from nexusgen.model.weights import DRAWING_PARTS, load_model
 
         torch.set_num_threads(num_threads)
         # Found here, not in the driver: on a cluster this may be another machine, with a cache of its own.
-        self._model = load_model(registry.resolve_model(model, storage_uri))
+        self._model = load_model(registry.resolve_model(model, storage_uri), DRAWING_PARTS)
         self._info = model_info(self._model.manifest, model)
         self._queue = BatchQueue(self._draw, max_batch)
         # A model that can't draw must not become ready.

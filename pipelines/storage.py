@@ -173,12 +173,18 @@ def fetch_folder(uri: str, cache: Path | None = None) -> Path:
 
 
 def put_in_place(staging: Path, target: Path) -> None:
-    """Rename a finished folder; where another process was faster, its folder, which holds the same, stays."""
+    """Rename a finished folder; where another process was faster, its folder, which holds the same files, stays.
+
+    Raises: ResourceError if another folder of that name lacks some of them.
+    """
     try:
         staging.rename(target)
     except OSError:
         if not target.is_dir():
             raise
+        missing = sorted(path.name for path in staging.iterdir() if not (target / path.name).exists())
+        if missing:
+            raise ResourceError(f"{target} is in the way: it lacks {', '.join(missing)}; remove it") from None
 
 
 def upload_folder(source: Path, uri: str) -> None:

@@ -327,7 +327,8 @@ def initialise_for_training(decoder: VisionDecoder, seed: int) -> None:
         for module in decoder.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight, generator=generator)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for linear in (*modulations, transformer.norm_out.linear, transformer.proj_out):
             nn.init.zeros_(linear.weight)
 

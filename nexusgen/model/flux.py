@@ -85,7 +85,7 @@ def transformer_sizes(
     Raises: ModelError naming a tensor that is missing, or axes that don't add up to the head's size.
     """
     width, in_channels = tensor_shape(released, "pipe.dit.x_embedder.weight", where)
-    (head_size,) = tensor_shape(released, "pipe.dit.blocks.0.attn.norm_q_a.weight", where)
+    head_size = tensor_shape(released, "pipe.dit.blocks.0.attn.norm_q_a.weight", where)[-1]
     axes = axes_dims_rope if axes_dims_rope is not None else default_axes(head_size)
     if sum(axes) != head_size:
         raise ModelError(f"{where}: rope axes {axes} must add up to the size of an attention head, {head_size}")

@@ -399,10 +399,17 @@ def _write_decoder(decoder: _Decoder, folder: Path, shares_in: Path | None) -> N
     transformer = folder / "transformer"
     first = shares_in / DECODER_FOLDERS["generation_decoder"] / "transformer" if shares_in is not None else transformer
     if first.is_dir():
-        shutil.copytree(first, transformer, copy_function=os.link)
+        shutil.copytree(first, transformer, copy_function=_link_or_copy)
         return
     write_weights(_under(decoder.state, _TRANSFORMER), transformer, TRANSFORMER_STEM)
     decoder.model.transformer.to_json_file(transformer / "config.json")
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # not every filesystem has hard links
+        shutil.copyfile(source, target)
 
 
 def _under(state: State, prefix: str) -> State:
@@ -453,10 +460,12 @@ def flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if "text_config" not in config:
         return dict(config)
     flat = {**config["text_config"], **{name: value for name, value in config.items() if name != "text_config"}}
-    rope = flat.pop("rope_parameters")
-    flat["rope_theta"] = rope["rope_theta"]
-    flat["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
-    flat["torch_dtype"] = flat.pop("dtype", None)
+    rope = flat.pop("rope_parameters", None)  # late versions of transformers 4 nest, but keep the two fields of rope
+    if rope is not None:
+        flat["rope_theta"] = rope["rope_theta"]
+        flat["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    dtype = flat.pop("dtype", None)
+    flat["torch_dtype"] = dtype if dtype is not None else flat.get("torch_dtype")
     flat["vision_config"] = {name: v for name, v in flat["vision_config"].items() if name != "rope_parameters"}
     return flat
 

@@ -7,7 +7,6 @@ drop again, until something computes with them. So a dictionary of all tensors o
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -54,7 +53,13 @@ def weight_files(folder: Path, stem: str = "model") -> list[Path]:
     """
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            raise ModelError(f"{index} is not a readable index of tensors: {error!r}") from None
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise ModelError(f"{index} names {', '.join(outside)}: wanted names of files in its own folder")
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise ModelError(f"{folder}: {index.name} names {', '.join(missing)}, which the folder lacks")
@@ -98,8 +103,8 @@ def read_pickled_tensors(path: Path) -> dict[str, Shaped[Tensor, ...]]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # a damaged pickle raises almost anything
+        reason = (str(error) or repr(error)).splitlines()[0]
         raise ModelError(f"{path} can't be read as a checkpoint of plain tensors: {reason}") from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ModelError(f"{path}: expected a flat mapping of names to tensors")

@@ -36,14 +36,23 @@ from nexusgen.prompts import load_tokenizer
 from nexusgen.schema import MANIFEST_NAME
 
 PARTS = ("autoregressive", "generation_decoder", "editing_decoder", "vae")
+DRAWING_PARTS = ("autoregressive", "generation_decoder", "vae")  # what a picture of a text needs
 DECODER_FOLDERS = {"generation_decoder": "decoders/generation", "editing_decoder": "decoders/editing"}
+# Files beside the weights that change an answer.
 _SMALL_FILES = (
+    "autoregressive/config.json",
     "autoregressive/tokenizer.json",
+    "autoregressive/vocab.json",
+    "autoregressive/merges.txt",
     "decoders/generation/conditioner.json",
+    "decoders/generation/transformer/config.json",
     "decoders/editing/conditioner.json",
+    "decoders/editing/transformer/config.json",
+    "vae/config.json",
     "scheduler/scheduler_config.json",
     "prompt_constants.safetensors",
 )
+_WRITTEN_BY = ("transformers_version", "_diffusers_version", "_name_or_path")  # in a config, of no consequence
 _RELEASED_TO_MODULE = (
     (re.compile(r"^visual\."), "qwen.model.visual."),
     (re.compile(r"^model\."), "qwen.model.language_model."),
@@ -199,7 +208,10 @@ def read_autoregressive_config(folder: Path) -> Qwen2_5_VLConfig:
     """A Qwen2.5-VL config in the flat style of transformers 4.49 or the style of Qwen's hub files."""
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: no config.json of a Qwen2.5-VL model")
-    return Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True)
+    try:
+        return Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise ModelError(f"{folder / 'config.json'} is not a config of Qwen2.5-VL: {error!r}") from None
 
 
 def tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -233,14 +245,21 @@ def write_manifest(folder: Path, **values: Any) -> Manifest:
     manifest = Manifest(parts=parts, fingerprints=fingerprints, fingerprint="", **values)
     # Whatever changes an answer: weights, small files beside them, sizes and defaults; not the lineage.
     settings = manifest.model_dump(mode="json", exclude={"lineage", "version", "fingerprint", "token_counts"})
-    small_files = [(folder / name).read_bytes() for name in _SMALL_FILES if (folder / name).is_file()]
-    settings["files"] = [hashlib.sha256(content).hexdigest() for content in small_files]
+    settings["files"] = {name: _file_digest(folder / name) for name in _SMALL_FILES if (folder / name).is_file()}
     whole = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     grids = {"target": manifest.geometry.target_grid, "reference": manifest.geometry.reference_grid}
     token_counts = {role: height * width for role, (height, width) in grids.items()}
     manifest = manifest.model_copy(update={"fingerprint": whole[:16], "token_counts": token_counts})
     (folder / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return manifest
+
+
+def _file_digest(path: Path) -> str:
+    content = path.read_bytes()
+    if path.name.endswith("config.json"):
+        config = {name: value for name, value in json.loads(content).items() if name not in _WRITTEN_BY}
+        content = json.dumps(config, sort_keys=True).encode()
+    return hashlib.sha256(content).hexdigest()
 
 
 def _part_fingerprints(folder: Path) -> dict[str, str]:

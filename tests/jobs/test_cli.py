@@ -80,7 +80,15 @@ def test_wrong_usage_is_2(nexusgen: Run, arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("--seed", "-1"), ("--steps", "0"), ("--size", "big"), ("--size", "64x"), ("--size", "x64")]
+    ("option", "value"),
+    [
+        ("--seed", "-1"),
+        ("--seed", str(2**63)),
+        ("--steps", "0"),
+        ("--size", "big"),
+        ("--size", "64x"),
+        ("--size", "x64"),
+    ],
 )
 def test_options_out_of_range_are_2(nexusgen: Run, option: str, value: str) -> None:
     code, _, err = nexusgen("generate", "a star", "-o", "x.png", option, value)
@@ -239,6 +247,10 @@ def test_edit_draws_with_the_decoder_that_is_named(nexusgen: Run, model: Path, t
 def test_size_that_the_model_cannot_draw(nexusgen: Run, model: Path, tmp_path: Path) -> None:
     line = refused(nexusgen("generate", "a star", "-o", tmp_path / "x.png", "--model", model, "--size", "50"))
     assert "multiples of 16" in line
+
+
+def test_prompt_that_is_not_unicode(nexusgen: Run, model: Path, tmp_path: Path) -> None:
+    assert "UTF-8" in refused(nexusgen("generate", "a \udcff", "-o", tmp_path / "x.png", "--model", model))
 
 
 def test_huge_prompt(nexusgen: Run, model: Path, tmp_path: Path) -> None:

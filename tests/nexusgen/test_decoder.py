@@ -202,6 +202,12 @@ def test_an_editing_decoder_goes_through_a_folder_and_sees_its_reference(tmp_pat
         decoder.context(batch["embeddings"], reference[:, :3])
 
 
+def test_an_editing_decoder_to_be_trained_starts_by_predicting_zero() -> None:
+    decoder = VisionDecoder.from_config(EDITING, TRANSFORMER)
+    initialise_for_training(decoder, seed=0)
+    assert not decoder(**(inputs() | {"embeddings": torch.randn(2, 6, 16)}), reference=torch.ones(2, 4, 16)).any()
+
+
 def test_a_generation_decoder_takes_no_reference(decoder: VisionDecoder) -> None:
     with pytest.raises(ModelError, match="editing decoder"):
         decoder.context(inputs()["embeddings"], torch.zeros(2, 4, 10))

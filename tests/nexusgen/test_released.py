@@ -191,6 +191,14 @@ def test_what_was_trained_is_exported_with_a_config_that_4_49_reads() -> None:
     assert ours.vision_config.to_dict() == theirs.vision_config.to_dict()
     assert ours.image_token_id == theirs.image_token_id
     assert flat_config(flat) == flat
+    # Late versions of transformers 4 nest the language model's fields, but keep rope in two.
+    rope = {"rope_theta": 10000.0, "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}}
+    text = {name: value for name, value in nested["text_config"].items() if name not in ("rope_parameters", "dtype")}
+    late = {name: value for name, value in nested.items() if name != "dtype"}
+    late |= {"text_config": text | rope, "torch_dtype": "bfloat16"}
+    flat_late = flat_config(late)
+    assert (flat_late["rope_theta"], flat_late["torch_dtype"]) == (10000.0, "bfloat16")
+    assert flat_late["rope_scaling"] == rope["rope_scaling"]
 
 
 def test_a_trained_model_is_exported_and_imported_again(tmp_path: Path) -> None:
@@ -305,6 +313,17 @@ def test_pickles_and_damaged_files_are_refused(tmp_path: Path) -> None:
     shutil.copy(AR / "config.json", source)
     (source / "model.safetensors").write_bytes((AR / "model.safetensors").read_bytes()[:5000])
     assert "readable safetensors" in refusal(tmp_path / "model", autoregressive=source)
+    index = source / "model.safetensors.index.json"
+    for text, said in (
+        ("{", "not a readable index"),
+        ("[]", "not a readable index"),
+        ('{"weight_map": {"a": "../model.safetensors"}}', "names of files in its own folder"),
+    ):
+        index.write_text(text)
+        assert said in refusal(tmp_path / "model", autoregressive=source)
+    index.unlink()
+    (source / "config.json").write_text("[]")
+    assert "not a config of Qwen2.5-VL" in refusal(tmp_path / "model", autoregressive=source)
 
 
 def test_parts_of_different_models_are_refused(tmp_path: Path, flux: Path) -> None:
@@ -330,6 +349,8 @@ def test_rope_axes(tmp_path: Path, flux: Path) -> None:
     stated = import_model(tmp_path / "stated", generation_decoder=decoder, flux=flux)
     assert "assumed" not in stated.lineage
     given = import_model(tmp_path / "given", generation_decoder=decoder, axes_dims_rope=(8, 4, 4))
+    assert given.fingerprints == assumed.fingerprints  # the weights are the same,
+    assert given.fingerprint != assumed.fingerprint  # the model isn't
     assert "assumed" not in given.lineage
     assert load_decoder(tmp_path / "given" / "decoders" / "generation").transformer.config.axes_dims_rope == [8, 4, 4]
 

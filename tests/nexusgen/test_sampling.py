@@ -147,3 +147,8 @@ def test_editing_without_its_decoder_or_instruction_is_refused(model):
     with pytest.raises(InputError, match="say what to change"):
         edit_images(model, [picture], [" "], [0])
     assert edit_images(model, [picture], ["Make it red."], [0], steps=1, decoder="generation")[0].size == (96, 96)
+
+
+def test_a_prompt_that_leaves_no_room_for_the_image_is_refused(model):
+    with pytest.raises(InputError, match="context of 4,096"):
+        predict_embeddings(model, ["a star", "a " * 4050])

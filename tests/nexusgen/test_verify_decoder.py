@@ -87,8 +87,18 @@ def test_a_subset_of_the_cases_is_enough(tmp_path: Path) -> None:
     kept = {name: recorded[name] for name in ("embeds", "context_without_ref", "sched50.sigmas")}
     save_file(kept, folder / "io.safetensors")
     (folder / "weights.safetensors").unlink()
-    names = [case.name for case in verify_decoder.verify_decoder(folder) if case.passed]
-    assert names == ["editing_decoder.context_without_ref", "editing_decoder.sched50.sigmas"]
+    cases = list(verify_decoder.verify_decoder(folder))
+    assert all(case.passed for case in cases)
+    assert [case.name for case in cases] == ["editing_decoder.context_without_ref", "editing_decoder.sched50.sigmas"]
+
+
+def test_what_cannot_be_compared_fails_by_name(tmp_path: Path) -> None:
+    folder = shutil.copytree(SETS["generation"], tmp_path / "golden")
+    recorded = load_file(folder / "io.safetensors")
+    del recorded["euler.start_noise_seed42"], recorded["euler.nocfg.final"]
+    save_file({**recorded, "unknown": torch.zeros(1)}, folder / "io.safetensors")
+    names = {name.partition(" ")[0] for name in failures(folder)}
+    assert names == {"euler.nocfg.trajectory", "euler.cfg3.trajectory", "euler.cfg3.final", "unknown"}
 
 
 def _shifted_position(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,3 +125,7 @@ def test_a_folder_that_another_process_has_put_in_place_stays(tmp_path: Path) ->
     assert (tmp_path / "new" / "w").read_text() == "ours"
     with pytest.raises(FileNotFoundError):
         storage.put_in_place(tmp_path / "ours", tmp_path / "again")
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "more").write_text("")
+    with pytest.raises(ResourceError, match="lacks more; remove it"):
+        storage.put_in_place(tmp_path / "ours", tmp_path / "new")
