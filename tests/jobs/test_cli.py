@@ -336,7 +336,10 @@ def test_import_and_export(nexusgen: Run, tmp_path: Path) -> None:
     assert files == sorted(path.name for path in (tmp_path / "out").iterdir())
     assert {"model.safetensors", "config.json", "generation_decoder.bin", "edit_decoder.bin"} <= set(files)
     assert "not an empty folder" in refused(nexusgen("export", tmp_path / "model", "--out", tmp_path / "out"))
-    assert "no tokenizer" in refused(nexusgen("generate", "a", "-o", tmp_path / "x.png", "--model", tmp_path / "model"))
+    line = refused(nexusgen("generate", "a", "-o", tmp_path / "x.png", "--model", tmp_path / "model"))
+    assert "has no part vae" in line
+    Image.new("RGB", (56, 56)).save(tmp_path / "x.png")
+    assert "no tokenizer" in refused(nexusgen("describe", tmp_path / "x.png", "--model", tmp_path / "model"))
 
 
 def test_import_of_nothing_is_2(nexusgen: Run, tmp_path: Path) -> None:
