@@ -11,9 +11,11 @@ One place for every column: name, dtype, shape, unit, who writes it and who read
 | num_tokens | int32 | tokens of the conversation as stage ar sees it, images included | embed | train |
 | R_index | list<int16> | which of the sample's images the role's entries are | embed | train |
 | R_grid | list<int16> | h, w pairs in tokens (latents: in latent pixels), one pair per entry | embed | train |
-| R_dtype | string | `bfloat16` or `float32` (or empty where the role has no entry) | embed | train |
+| R_dtype | string | `bfloat16`, `float32` or `int8` (or empty where the role has no entry) | embed | train |
 | R_data | list<binary> | raw little-endian array per entry: [h*w, hidden]; latents [channels, h, w] | embed | train |
-| R_scale | list<binary> | per-token scales of quantised data; empty otherwise | embed | train |
+| R_scale | list<binary> | of `int8`: a float32 per token, to multiply its numbers by; else empty | embed | train |
+
+Roles R by mode: vision has `input`, `target`, `crop`; latents `latents`; predicted `reference` and `predicted`.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ Task = Literal["understanding", "generation", "editing"]
 TASKS: tuple[Task, ...] = ("understanding", "generation", "editing")
 
 EmbedMode = Literal["vision", "latents", "predicted"]
+StoredDtype = Literal["bfloat16", "int8"]  # of arrays that `embed` writes
+ROLE_PARTS = ("index", "grid", "dtype", "data", "scale")  # columns of a role R: R_index, R_grid, ...
 VISION_ROLES = ("input", "target", "crop", "reference")
 IMAGE_MARK = "<image>"
 MANIFEST_NAME = "nexusgen.json"  # of a model folder; who finds it finds a whole model
@@ -50,6 +54,7 @@ REASON_CODES = {
     "image_shape": "the image's aspect ratio or size is out of range",
     "text_invalid": "a text is empty or isn't valid Unicode",
     "text_too_long": "the conversation is longer than the limit",
+    "taken_down": "the sample was embedded or would have been, and was dropped by its key on request",
     "sample_unknown": "the members of this key aren't a sample of a known convention",
 }
 

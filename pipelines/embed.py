@@ -19,33 +19,40 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pyarrow as pa
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from nexusgen.config import Config, dump_config
-from nexusgen.errors import ModelError, QuarantineError
+from nexusgen.errors import InputError, ModelError, QuarantineError
 from nexusgen.images import Geometry
 from nexusgen.model.weights import Manifest, load_model, read_manifest
 from nexusgen.prompts import load_tokenizer
-from nexusgen.schema import QUARANTINE_SCHEMA, QuarantineRow, Sample
-from pipelines import embedded, storage, tracking
+from nexusgen.schema import QUARANTINE_SCHEMA, EmbedMode, QuarantineRow, Sample, StoredDtype
+from pipelines import embedded, storage, takedowns, tracking
 from pipelines.embedded import EmbeddedManifest, ShardInfo, SliceInfo
-from pipelines.encoders import Encoder, LatentEncoder, VisionEncoder, encode_slice
+from pipelines.encoders import (
+    Encoder,
+    LatentEncoder,
+    PredictionEncoder,
+    VisionEncoder,
+    encode_slice,
+)
 from pipelines.registry import pin_model, resolve_model
 from pipelines.runtime import CpuMeter, JobReport, ray_cluster
 from pipelines.shards import ReadOptions, ShardReader, list_shards, stem_of
 
-LAYOUT_VERSION = 1  # raised when stored rows change for the same input
+LAYOUT_VERSION = 2  # raised when stored rows change for the same input
 MAX_READ_TASKS = 400  # Ray's scheduler takes minutes over 100,000 tasks; each loops over its shards instead
 CHECK_EVERY = 1000  # samples between two looks at the quarantined fraction
-READER_CPUS = 0.5  # another number than the encoder's: Ray would fuse the two stages into one busy actor
-ENCODER_CPUS = 1.0
+READER_CPUS = 0.5  # another number than an encoder's: Ray would fuse the two stages into one busy actor
+MAX_LISTED_INPUTS = 100  # shards that MLflow gets one by one; of more, it gets the digest of all
 PROGRESS_S = 5.0
 MAX_BLOCK_BYTES = 1  # every slice is a block of its own: it reaches an idle encoder as soon as it is read
 
@@ -56,8 +63,10 @@ class EmbedConfig(Config):
     storage: str
     name: str
     input: str | list[str]
-    mode: Literal["vision", "latents"]
+    mode: EmbedMode
+    dtype: StoredDtype = "bfloat16"  # of stored arrays; int8, with a scale per token, takes half the room
     model: str = "demo-base"
+    drop_keys: str | None = None  # a text file of keys, one a line: samples to take out of the data for good
     max_quarantine_fraction: float = Field(default=0.05, ge=0, le=1)  # 1: never stop
     pairs_as: Literal["generation", "understanding"] = "generation"  # the task of images with a text (img2dataset)
     slice_samples: int = Field(default=256, ge=1, le=256)
@@ -65,7 +74,17 @@ class EmbedConfig(Config):
     num_readers: int = Field(default=1, ge=1)
     num_encoders: int = Field(default=1, ge=1)
     gpus_per_encoder: float = Field(default=0.0, ge=0)
+    decode_threads: int = Field(default=1, ge=1)  # of an encoder, which reserves as many CPUs
     batch_patches: int = Field(default=8192, ge=1)  # patches of the vision tower in one batch; 25 released targets
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.dtype == "int8" and self.mode == "latents":
+            raise ValueError("dtype int8 has a scale per token, and latents have no tokens: leave them bfloat16")
+        return self
+
+
+_PARTS: dict[EmbedMode, str] = {"vision": "vision", "latents": "vae", "predicted": "autoregressive"}  # what encodes
 
 
 @dataclass(frozen=True)
@@ -76,6 +95,7 @@ class _Plan:
     folder: str
     config_hash: str
     fingerprint: str
+    dropped: frozenset[str]  # keys that were taken down
 
     @property
     def stamp(self) -> dict[str, str]:
@@ -126,16 +146,17 @@ def embed(config: EmbedConfig, parent_run_id: str | None = None) -> JobReport:
         model = resolve_model(config.model, config.storage)
         manifest = read_manifest(model)
         folder = embedded.folder_of(config.storage, config.name, config.mode)
-        plan = _Plan(
-            config, folder, _config_hash(config, manifest, model), _encoder_fingerprint(config, manifest, model)
-        )
+        fingerprint = _encoder_fingerprint(config, manifest, model)
         storage.check_writable(folder)
+        dropped = takedowns.record(config.storage, config.name, config.drop_keys)
+        plan = _Plan(config, folder, _config_hash(config, manifest, model), fingerprint, dropped)
         tracking.configure(config.storage)
+        num_rewritten = takedowns.rewrite(folder, dropped)
         records = _finished_shards(plan, shards)
         if len(records) == len(shards) and _is_entered(plan, records):
             done = embedded.read_manifest(config.storage, config.name, config.mode)
             tally = _Tally(config, [entry for record in records.values() for entry in record["slices"]])
-            return _report(meter, folder, done, tally, reused=True)
+            return _report(meter, folder, done, tally, num_rewritten, reused=True)
         todo = [shard for shard in shards if shard not in records]
         with (
             _cluster(config, todo),  # refuses before anything is begun
@@ -159,17 +180,22 @@ def embed(config: EmbedConfig, parent_run_id: str | None = None) -> JobReport:
                 run.log_metrics(tally.metrics(), step=tally.num_samples)
                 run.log_text(_quarantine_report(tally), "quarantine.txt")
             done = _enter(plan, shards, records, run.run_id)
-            for info in done.shards:
-                run.log_dataset_input(
-                    storage.name_of(info.uri),
-                    info.uri,
-                    info.digest,
-                    "embedding",
-                    info.num_embedded + info.num_quarantined,
-                )
-            report = _report(meter, folder, done, tally, reused=False)
+            _log_inputs(run, config, done)
+            report = _report(meter, folder, done, tally, num_rewritten, reused=False)
             run.log_report(report)
     return report
+
+
+def _log_inputs(run: tracking.Run, config: EmbedConfig, done: EmbeddedManifest) -> None:
+    """Which tars, by digest. run.json lists all of them; a tracking server isn't sent 100,000."""
+    if len(done.shards) <= MAX_LISTED_INPUTS:
+        for info in done.shards:
+            num_samples = info.num_embedded + info.num_quarantined
+            run.log_dataset_input(storage.name_of(info.uri), info.uri, info.digest, "embedding", num_samples)
+        return
+    digest = hashlib.sha256("".join(f"{info.uri} {info.digest}\n" for info in done.shards).encode()).hexdigest()
+    num_samples = sum(info.num_embedded + info.num_quarantined for info in done.shards)
+    run.log_dataset_input(config.name, done.shards[0].uri, digest, "embedding", num_samples)
 
 
 # ---- what is done already -------------------------------------------------------------------------------------------
@@ -190,33 +216,39 @@ def _config_hash(config: EmbedConfig, manifest: Manifest, model: Path) -> str:
         "tokenizer": tokenizer.hexdigest(),
         "image_size": manifest.image_size if config.mode == "latents" else None,
         "batch_patches": config.batch_patches,
+        "dtype": config.dtype,
+        "computed_in": str(_compute_dtype(config)),
     }
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _encoder_fingerprint(config: EmbedConfig, manifest: Manifest, model: Path) -> str:
-    part = "vision" if config.mode == "vision" else "vae"
+    part = _PARTS[config.mode]
     if part not in manifest.fingerprints:
         raise ModelError(f"{model} has no part {part!r}, which mode {config.mode} encodes with: give another model")
     return manifest.fingerprints[part]
+
+
+def _compute_dtype(config: EmbedConfig) -> torch.dtype:
+    return torch.bfloat16 if config.gpus_per_encoder else torch.float32
 
 
 def _finished_shards(plan: _Plan, shards: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Records of the shards that are embedded whole, unchanged since, by this encoder and configuration."""
     known = {storage.name_of(uri) for uri in storage.list_files(storage.join(plan.folder, embedded.ENTRIES_FOLDER))}
     files = {storage.name_of(uri) for uri in storage.list_files(plan.folder)}
-    records = {}
-    for shard in shards:
-        name = f"{shard_name(shard)}.json"
-        if name not in known:
-            continue
-        record = _read_json(storage.join(plan.folder, embedded.ENTRIES_FOLDER, name))
+
+    def find(shard: str) -> dict[str, Any] | None:
+        record = _read_json(storage.join(plan.folder, embedded.ENTRIES_FOLDER, f"{shard_name(shard)}.json"))
         is_same = record is not None and {key: record.get(key) for key in plan.stamp} == plan.stamp
         if record is None or not is_same or record["stat"] != _stat(shard):
-            continue
-        if all(entry["num_rows"] == 0 or entry["file"] in files for entry in record["slices"]):
-            records[shard] = record
-    return records
+            return None
+        is_whole = all(entry["num_rows"] == 0 or entry["file"] in files for entry in record["slices"])
+        return record if is_whole else None
+
+    listed = [shard for shard in shards if f"{shard_name(shard)}.json" in known]
+    with ThreadPoolExecutor(embedded.NUM_PARALLEL) as pool:  # S3 takes tens of milliseconds to answer each
+        return {shard: found for shard, found in zip(listed, pool.map(find, listed), strict=True) if found is not None}
 
 
 def _is_entered(plan: _Plan, records: dict[str, dict[str, Any]]) -> bool:
@@ -229,7 +261,11 @@ def _is_entered(plan: _Plan, records: dict[str, dict[str, Any]]) -> bool:
 
 
 def _stat(shard: str) -> list[int]:
-    found = storage.stat(shard)
+    """Size and time of change of a shard; nothing if it isn't there."""
+    try:
+        found = storage.stat(shard)
+    except InputError:
+        return []
     return [found.size, found.mtime_ns]
 
 
@@ -256,7 +292,7 @@ def _cluster(config: EmbedConfig, shards: Sequence[str]) -> AbstractContextManag
     if not shards:
         return nullcontext()
     num_readers = min(config.num_readers, len(shards))
-    num_cpus = num_readers * READER_CPUS + config.num_encoders * ENCODER_CPUS
+    num_cpus = num_readers * READER_CPUS + config.num_encoders * config.decode_threads
     return ray_cluster(num_cpus, f"embed with {num_readers} readers and {config.num_encoders} encoders")
 
 
@@ -311,7 +347,7 @@ def _stream(plan: _Plan, shards: Sequence[str], num_readers: int) -> Iterator[di
                 fn_constructor_args=(plan,),
                 batch_size=None,
                 batch_format="pyarrow",
-                num_cpus=ENCODER_CPUS,
+                num_cpus=float(plan.config.decode_threads),
                 num_gpus=plan.config.gpus_per_encoder or None,
                 compute=ActorPoolStrategy(size=plan.config.num_encoders),
             )
@@ -336,7 +372,7 @@ def read_slices(shard: str, config: EmbedConfig) -> Iterator[_Slice | dict[str, 
     rejected: list[QuarantineRow] = []
     num_bytes = index = 0
     # Taken before reading: a shard that changes meanwhile then differs from its record.
-    before = _stat(shard) if storage.exists(shard) else []
+    before = _stat(shard)
     for item in reader:
         if isinstance(item, QuarantineRow):
             rejected.append(item)
@@ -389,31 +425,41 @@ class _SliceEncoder:
         if device == "cpu":
             torch.set_num_threads(1)
         folder = resolve_model(config.model, config.storage)
-        part = "autoregressive" if config.mode == "vision" else "vae"
-        model = load_model(folder, [part], device=device)
+        part = "vae" if config.mode == "latents" else "autoregressive"
+        model = load_model(folder, [part], _compute_dtype(config), device)
         self.geometry: Geometry = model.manifest.geometry
         self.tokenizer = model.tokenizer or load_tokenizer(folder / "autoregressive")
-        if model.autoregressive is not None:
+        if config.mode == "latents":
+            assert model.autoencoder is not None
+            max_pixels = config.batch_patches * model.manifest.geometry.patch_size**2
+            return LatentEncoder(model.autoencoder, model.manifest.image_size, max_pixels, device)
+        assert model.autoregressive is not None
+        if config.mode == "vision":
             return VisionEncoder(model.autoregressive, config.batch_patches)
-        if model.autoencoder is None:
-            raise ModelError(f"{folder}: part {part!r} can't be loaded")
-        max_pixels = config.batch_patches * model.manifest.geometry.patch_size**2
-        return LatentEncoder(model.autoencoder, model.manifest.image_size, max_pixels)
+        return PredictionEncoder(model.autoregressive, config.batch_patches, int(self.tokenizer.pad_token_id))
 
 
 def is_current(plan: _Plan, item: _Slice, entry: dict[str, Any]) -> bool:
     """Whether a slice was made from this input by this encoder and configuration, and its file is there."""
-    wanted = {"content": item.digest, **plan.stamp}
+    wanted = {"content": item.digest, "dropped": _dropped_of(plan, item), **plan.stamp}
     if {key: entry.get(key) for key in wanted} != wanted:
         return False
     uri = storage.join(plan.folder, entry["file"])
     return bool(entry["num_rows"] == 0 or (storage.exists(uri) and storage.stat(uri).size == entry["num_bytes"]))
 
 
+def _dropped_of(plan: _Plan, item: _Slice) -> list[str]:
+    return sorted({sample.key for sample in item.samples} & plan.dropped)
+
+
 def write_slice(plan: _Plan, item: _Slice, encoder: Encoder, tokenizer: Any, geometry: Geometry) -> dict[str, Any]:
     """Encode a slice, write its rows and its quarantine, then enter it. Gives the entry."""
-    table, rejected = encode_slice(item.samples, encoder, tokenizer, geometry)
-    rejected = [*item.rejected, *rejected]
+    config = plan.config
+    made = encode_slice(item.samples, encoder, tokenizer, geometry, config.dtype, config.decode_threads)
+    # Samples that were taken down are encoded, too: what shares a batch, and so every bit of the rest, stays the same.
+    dropped = _dropped_of(plan, item)
+    table, taken_down = takedowns.drop_rows(made.table, dropped)
+    rejected = [*item.rejected, *made.rejected, *taken_down]
     data = embedded.to_parquet(table)
     file = f"{item.name}.parquet"
     if table.num_rows:
@@ -433,6 +479,8 @@ def write_slice(plan: _Plan, item: _Slice, encoder: Encoder, tokenizer: Any, geo
         "num_bytes": data.size if table.num_rows else 0,
         "sha256": hashlib.sha256(data).hexdigest(),
         "content": item.digest,
+        "dropped": dropped,
+        "fidelity": asdict(made.fidelity) if made.fidelity is not None else None,
         "tasks": dict(Counter(table.column("task").to_pylist())),
         "quarantined": dict(Counter(row.reason_code for row in rejected)),
         **plan.stamp,
@@ -453,6 +501,7 @@ class _Tally:
         self.num_new = 0  # embedded by this run
         self.quarantined: Counter[str] = Counter()
         self.tasks: Counter[str] = Counter()
+        self.fidelity: Counter[str] = Counter()  # sums; see encoders.Fidelity
         self.num_slices = 0
         self.num_slices_reused = 0
         self._next_check = CHECK_EVERY
@@ -469,6 +518,7 @@ class _Tally:
         self.num_embedded += entry["num_rows"]
         self.quarantined.update(entry["quarantined"])
         self.tasks.update(entry["tasks"])
+        self.fidelity.update(entry.get("fidelity") or {})
         if entry.get("is_reused"):
             self.num_slices_reused += 1
         else:
@@ -480,7 +530,7 @@ class _Tally:
             return False
         self._next_check = self.num_samples + CHECK_EVERY
         allowed = self.config.max_quarantine_fraction
-        bad = self.quarantined.total()
+        bad = self.quarantined.total() - self.quarantined[takedowns.REASON_CODE]
         if allowed < 1 and bad > allowed * self.num_samples:
             codes = ", ".join(f"{code} {count}" for code, count in self.quarantined.most_common(5))
             folder = embedded.folder_of(self.config.storage, self.config.name, self.config.mode)
@@ -499,7 +549,17 @@ class _Tally:
             "data/quarantined": self.quarantined.total(),
         }
         counts |= {f"data/quarantine/{code}": count for code, count in self.quarantined.items()}
-        return {name: float(count) for name, count in counts.items()}
+        return {name: float(count) for name, count in counts.items()} | self.int8_metrics()
+
+    def int8_metrics(self) -> dict[str, float]:
+        """How well quantised arrays hold what was encoded, over all tokens; nothing where they aren't quantised."""
+        sums = self.fidelity
+        if not sums["num_tokens"]:
+            return {}
+        return {
+            "data/int8_cosine": sums["cosine_sum"] / sums["num_tokens"],
+            "data/int8_mse": sums["squared_error_sum"] / sums["num_values"],
+        }
 
 
 class _Progress:
@@ -591,7 +651,9 @@ def _quarantine_report(tally: _Tally) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _report(meter: CpuMeter, folder: str, manifest: EmbeddedManifest, tally: _Tally, *, reused: bool) -> JobReport:
+def _report(
+    meter: CpuMeter, folder: str, manifest: EmbeddedManifest, tally: _Tally, num_rewritten: int, *, reused: bool
+) -> JobReport:
     outputs = {
         "data": folder,
         "mode": manifest.mode,
@@ -601,9 +663,11 @@ def _report(meter: CpuMeter, folder: str, manifest: EmbeddedManifest, tally: _Ta
         "shards": len(manifest.shards),
         "slices": tally.num_slices,
         "slices_reused": tally.num_slices_reused,
+        "slices_rewritten": num_rewritten,  # because samples in them were taken down
         "embedded": tally.num_embedded,
         "by_task": dict(tally.tasks),
         "quarantined": dict(tally.quarantined),
         "bytes": sum(info.num_bytes for info in manifest.slices),
+        **tally.int8_metrics(),
     }
     return JobReport("embed", meter.seconds, meter.cpu_seconds, tally.num_new, outputs=outputs, reused=reused)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nexusgen.errors import FingerprintError, InputError
 from nexusgen.model.weights import Manifest
-from nexusgen.schema import TASKS, EmbedMode, Message
+from nexusgen.schema import ROLE_PARTS, TASKS, EmbedMode, Message
 from pipelines import embedded, storage
 from pipelines.batches import Rows, RowTable
 from pipelines.checkpoint import DataInput
@@ -197,7 +197,7 @@ class _Slice(Generic[PreparedT]):
         self.num_bytes = 0
         for mode, info in group.items():
             wanted = ["key", "task", "messages"]
-            wanted += [f"{role}_{part}" for role in stage.roles[mode] for part in ("index", "grid", "dtype", "data")]
+            wanted += [f"{role}_{part}" for role in stage.roles[mode] for part in ROLE_PARTS]
             arrays = _read_columns(info, wanted)
             self.num_bytes += 2 * sum(array.nbytes for array in arrays)  # as read, and as prepared
             lists = [array.to_pylist() for array in arrays]
@@ -230,12 +230,14 @@ def _images(columns: dict[str, list[Any]], place: int, role: str) -> tuple[Store
     indices, grids = columns[f"{role}_index"][place] or (), columns[f"{role}_grid"][place] or ()
     dtype, arrays = columns[f"{role}_dtype"][place], columns[f"{role}_data"][place] or ()
     pairs = list(zip(grids[::2], grids[1::2], strict=True))
+    scales = columns[f"{role}_scale"][place] or [b""] * len(arrays)  # empty unless quantised
     return tuple(
-        StoredImage(index, grid, _array(role, data, dtype, grid))
-        for index, grid, data in zip(indices, pairs, arrays, strict=True)
+        StoredImage(index, grid, _array(role, data, dtype, grid, scale))
+        for index, grid, data, scale in zip(indices, pairs, arrays, scales, strict=True)
     )
 
 
-def _array(role: str, data: bytes, dtype: str, grid: tuple[int, int]) -> Shaped[Tensor, "..."]:
-    decode = embedded.decode_latents_entry if role == "latents" else embedded.decode_entry
-    return decode(data, dtype, grid)
+def _array(role: str, data: bytes, dtype: str, grid: tuple[int, int], scale: bytes) -> Shaped[Tensor, "..."]:
+    if role == "latents":
+        return embedded.decode_latents_entry(data, dtype, grid)
+    return embedded.decode_entry(data, dtype, grid, scale)

@@ -32,7 +32,7 @@ from nexusgen.model.autoregressive import collate_conversations
 from nexusgen.model.weights import Manifest, Model
 from nexusgen.prompts import encode_conversation
 from nexusgen.sampling import decode_embeddings, describe, generate_images
-from nexusgen.schema import IMAGE_MARK, Message, Sample
+from nexusgen.schema import IMAGE_MARK, ROLE_PARTS, Message, Sample
 from pipelines import embedded
 from pipelines.shards import ShardReader
 from pipelines.sheets import Cell, draw_sheet, is_drawable
@@ -433,7 +433,7 @@ def find_targets(
 
 def _read(info: embedded.SliceInfo, chosen: Sequence[tuple[str, int]]) -> list[Row]:
     columns = ["key", "shard", "task", "lang", "messages"]
-    columns += [f"{role}_{part}" for role in ("input", "target") for part in ("index", "grid", "dtype", "data")]
+    columns += [f"{role}_{part}" for role in ("input", "target") for part in ROLE_PARTS]
     wanted = [row for uri, row in chosen if uri == info.uri]
     groups = sorted({row // embedded.ROW_GROUP_ROWS for row in wanted})
     table = embedded.read_slice(info, columns, groups)
@@ -486,9 +486,11 @@ def _stored_images(row: Row, role: str) -> list[tuple[int, tuple[int, int], Tens
     """(index, grid, embeddings) of a role's images."""
     grids = np.array(row[f"{role}_grid"], dtype=int).reshape(-1, 2)
     images = []
-    for index, (height, width), data in zip(row[f"{role}_index"], grids, row[f"{role}_data"], strict=True):
+    arrays = row[f"{role}_data"]
+    scales = row[f"{role}_scale"] or [b""] * len(arrays)  # empty unless quantised
+    for index, (height, width), data, scale in zip(row[f"{role}_index"], grids, arrays, scales, strict=True):
         grid = (int(height), int(width))
-        images.append((int(index), grid, embedded.decode_entry(data, row[f"{role}_dtype"], grid).float()))
+        images.append((int(index), grid, embedded.decode_entry(data, row[f"{role}_dtype"], grid, scale).float()))
     return images
 
 

@@ -67,6 +67,8 @@ METRICS = {
     "data/embedded": "samples embedded",
     "data/quarantined": "samples not used",
     "data/quarantine/CODE": "samples not used, by reason code",
+    "data/int8_cosine": "cosine similarity of stored int8 embeddings with what was encoded, mean over tokens",
+    "data/int8_mse": "mean squared error of stored int8 embeddings",
     "job/seconds": "wall seconds of the job",
     "job/cpu_seconds": "CPU seconds of the job's processes on this machine",
 }

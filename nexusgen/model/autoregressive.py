@@ -164,14 +164,24 @@ class AutoregressiveModel(nn.Module):
         """Teacher-forced forward over whole conversations. The embedding of image token i is predicted one position
         earlier, as the next token is."""
         hidden = self.run_layers(self.embed_conversations(batch), batch.position_ids, batch.attention_mask)
-        is_target = target_positions(batch.labels, self.image_token_id)
-        is_text = (batch.labels != IGNORED_LABEL) & ~is_target
+        is_text = (batch.labels != IGNORED_LABEL) & ~target_positions(batch.labels, self.image_token_id)
         return AutoregressiveOutput(
             hidden=hidden,
             logits=self.qwen.lm_head(hidden[:, :-1][is_text[:, 1:]]),
             labels=batch.labels[:, 1:][is_text[:, 1:]],
-            predictions=self.vision_head(hidden[:, :-1][is_target[:, 1:]]),
+            predictions=self._predictions(hidden, batch),
         )
+
+    def predict_targets(self, batch: ConversationBatch) -> Float[Tensor, "targets hidden"]:
+        """The `predictions` of `forward` alone."""
+        hidden = self.run_layers(self.embed_conversations(batch), batch.position_ids, batch.attention_mask)
+        return self._predictions(hidden, batch)
+
+    def _predictions(
+        self, hidden: Float[Tensor, "batch length hidden"], batch: ConversationBatch
+    ) -> Float[Tensor, "targets hidden"]:
+        is_target = target_positions(batch.labels, self.image_token_id)
+        return self.vision_head(hidden[:, :-1][is_target[:, 1:]])
 
 
 def target_positions(labels: Int[Tensor, "batch length"], image_token_id: int) -> Bool[Tensor, "batch length"]:

@@ -10,6 +10,7 @@ from test_shards import png, record, sample_members, tar_bytes
 from tiny_training import make_tiny_model
 
 from nexusgen.errors import ConfigError, InputError, ModelError, QuarantineError, ResourceError
+from nexusgen.model.weights import read_manifest
 from pipelines import embedded, tracking
 from pipelines.embed import CHECK_EVERY, EmbedConfig, _Tally, embed, read_slices, shard_name
 from pipelines.runtime import RayCluster
@@ -90,6 +91,16 @@ def test_a_job_embeds_or_accounts_for_every_sample_and_redoes_only_what_changed(
     embedded.check_modes_agree(storage_uri, "n", ["vision", "latents"])
     assert keys_of(tmp_path, "latents") == keys_of(tmp_path, "vision")
 
+    # The third mode, in int8: a trained model's predictions of what the assistant draws, and how well they are stored.
+    predicted = embed(a_config(tmp_path, base, "predicted", max_quarantine_fraction=1, dtype="int8", decode_threads=2))
+    embedded.check_modes_agree(storage_uri, "n", ["vision", "predicted"])
+    first_two = embedded.list_slices(storage_uri, "n", "predicted")[:2]
+    rows = [row for info in first_two for row in embedded.read_slice(info).to_pylist()]
+    assert [(row["reference_index"], row["predicted_index"]) for row in rows] == [([], [0]), ([0], [1]), ([], [])]
+    assert predicted.outputs["fingerprint"] == read_manifest(base).fingerprints["autoregressive"]
+    assert predicted.outputs["data/int8_cosine"] > 0.9999
+    assert client.get_run(predicted.outputs["run_id"]).data.metrics["data/int8_mse"] > 0
+
     # Nothing changed: nothing is done. One shard changed, one is new, one is gone: only the changed slices are made.
     assert embed(config).reused
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
@@ -124,6 +135,11 @@ def test_the_quarantined_fraction_is_looked_at_along_the_way(tmp_path: Path, bas
     assert not tally.check()
     with pytest.raises(QuarantineError, match="json_invalid 55"):
         tally.check(is_final=True)
+
+
+def test_latents_are_not_quantised(tmp_path: Path, base: Path) -> None:
+    with pytest.raises(ValueError, match="latents have no tokens"):
+        a_config(tmp_path, base, "latents", dtype="int8")
 
 
 def test_slices_are_cut_by_samples_and_by_bytes(tmp_path: Path, base: Path) -> None:

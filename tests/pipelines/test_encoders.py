@@ -14,11 +14,20 @@ from tiny_training import make_tiny_model
 
 from nexusgen.images import crop_image, decode_image, image_for_role, to_patches, to_pixels
 from nexusgen.model.autoencoder import encode_latents
+from nexusgen.model.autoregressive import collate_conversations
 from nexusgen.model.weights import Model, load_model
 from nexusgen.prompts import encode_conversation
-from nexusgen.schema import Message, Sample, Task
-from pipelines.embedded import decode_entry, decode_latents_entry
-from pipelines.encoders import Entry, LatentEncoder, VisionEncoder, encode_slice
+from nexusgen.schema import Message, Sample, StoredDtype, Task
+from pipelines.embedded import decode_entry, decode_latents_entry, quantise_tokens
+from pipelines.encoders import (
+    Encoded,
+    Fidelity,
+    LatentEncoder,
+    Picture,
+    PredictionEncoder,
+    VisionEncoder,
+    encode_slice,
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +64,12 @@ def samples() -> list[Sample]:
     ]
 
 
-def encode(model: Model, encoder: Any, part: Sequence[Sample]) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+def encode(
+    model: Model, encoder: Any, part: Sequence[Sample], dtype: StoredDtype = "bfloat16", num_threads: int = 1
+) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
     assert model.tokenizer is not None
-    table, rejected = encode_slice(part, encoder, model.tokenizer, model.manifest.geometry)
-    return table.to_pylist(), [(row.key, row.reason_code) for row in rejected]
+    made = encode_slice(part, encoder, model.tokenizer, model.manifest.geometry, dtype, num_threads)
+    return made.table.to_pylist(), [(row.key, row.reason_code) for row in made.rejected]
 
 
 def test_vision_rows_hold_the_towers_own_numbers(model: Model) -> None:
@@ -107,37 +118,104 @@ def test_latent_rows_join_the_vision_rows_by_position(model: Model) -> None:
     )
 
 
+class Counting:
+    """An encoder that gives each picture its number and remembers its batches."""
+
+    roles: tuple[str, ...] = ("input", "target", "crop")
+
+    def __init__(self, model: Model, max_cost: int) -> None:
+        assert model.autoregressive is not None
+        self.vision = VisionEncoder(model.autoregressive, max_cost)
+        self.max_cost = max_cost
+        self.batches: list[list[Picture]] = []
+
+    def roles_of(self, speaker: str, task: Task) -> tuple[str, ...]:
+        return self.vision.roles_of(speaker, task)
+
+    def picture(self, image: Image.Image, role: str) -> Picture:
+        return self.vision.picture(image, role)
+
+    def encode(self, pictures: Sequence[Picture]) -> list[Encoded]:
+        first = sum(map(len, self.batches))
+        self.batches.append(list(pictures))
+        return [Encoded(p.grid, torch.full((p.grid[0] * p.grid[1], 4), first + i)) for i, p in enumerate(pictures)]
+
+
 def test_equal_images_are_encoded_once_and_batches_keep_their_budget(model: Model) -> None:
-    class Counting:
-        roles: tuple[str, ...] = ("input", "target", "crop")
-        seen: list[Image.Image]
-
-        def roles_of(self, speaker: str) -> tuple[str, ...]:
-            return ("input",) if speaker == "user" else ("target", "crop")
-
-        def resize(self, image: Image.Image, role: str) -> Image.Image:
-            return image_for_role(image, role, model.manifest.geometry)
-
-        def encode(self, images: Sequence[Image.Image]) -> list[Entry]:
-            self.seen = list(images)
-            return [Entry((1, 1), str(number).encode()) for number in range(len(images))]
-
-    counting = Counting()
     square = picture(7, 96, 96)
-    rows, _ = encode(
-        model,
-        counting,
-        [
-            a_sample("k0", "understanding", square),
-            a_sample("k1", "generation", square),
-            a_sample("k2", "generation", picture(8)),
-            a_sample("k3", "generation", picture(8)),
-        ],
-    )
-    # The square image is the same in all three roles; the other differs as target (squashed) and as crop.
-    assert len(counting.seen) == 3
+    part = [
+        a_sample("k0", "understanding", square),
+        a_sample("k1", "generation", square),
+        a_sample("k2", "generation", picture(8)),
+        a_sample("k3", "generation", picture(8)),
+        *(a_sample(f"k{i}", "generation", picture(i)) for i in range(9, 40)),
+    ]
+    counting = Counting(model, 100)
+    rows, _ = encode(model, counting, part)
+    # The square image is the same in all three roles; the others differ as target (squashed) and as crop.
+    assert sum(map(len, counting.batches)) == 3 + 2 * 31
     assert rows[0]["input_data"] == rows[1]["target_data"] == rows[1]["crop_data"]
     assert rows[2]["target_data"] == rows[3]["target_data"] != rows[2]["crop_data"]
+    costs = [sum(p.cost for p in batch) for batch in counting.batches]
+    assert max(costs) <= 100
+    assert all(cost + batch[0].cost > 100 for cost, batch in zip(costs, counting.batches[1:], strict=False))
+    # Neither the number of threads nor what they finish first changes a batch.
+    threaded = Counting(model, 100)
+    assert encode(model, threaded, part, num_threads=5)[0] == rows
+    names = [[[p.pixels for p in batch] for batch in one.batches] for one in (counting, threaded)]
+    assert names[0] == names[1]
+
+
+def test_int8_keeps_embeddings_closely_and_says_how_closely(model: Model) -> None:
+    assert model.autoregressive is not None
+    assert model.tokenizer is not None
+    encoder = VisionEncoder(model.autoregressive, 8192)
+    made = encode_slice(samples(), encoder, model.tokenizer, model.manifest.geometry, "int8")
+    exact, _ = encode(model, encoder, samples())
+    assert made.fidelity is not None
+    wanted = Fidelity()
+    for row, reference in zip(made.table.to_pylist(), exact, strict=True):
+        for role in encoder.roles:
+            assert row[f"{role}_dtype"] == ("int8" if row[f"{role}_data"] else "")
+            assert len(row[f"{role}_scale"]) == len(row[f"{role}_data"])
+            grids = zip(row[f"{role}_grid"][::2], row[f"{role}_grid"][1::2], strict=True)
+            arrays = zip(grids, row[f"{role}_data"], row[f"{role}_scale"], reference[f"{role}_data"], strict=True)
+            for grid, data, scale, stored in arrays:
+                assert len(data) * 2 == len(stored)
+                array = decode_entry(data, "int8", grid, scale)
+                wanted.add(decode_entry(stored, "bfloat16", grid), array)
+                largest = array.abs().amax(dim=-1, keepdim=True)
+                assert ((array - decode_entry(stored, "bfloat16", grid).float()).abs() <= largest / 127).all()
+    assert made.fidelity.cosine_sum / made.fidelity.num_tokens > 0.9999
+    assert made.fidelity.squared_error_sum > 0
+    # An array of zeros stays one.
+    data, scale = quantise_tokens(torch.zeros(2, 8))
+    assert decode_entry(data, "int8", (1, 2), scale).eq(0).all()
+
+
+def test_predictions_are_those_of_a_teacher_forced_forward_at_reference_size(model: Model) -> None:
+    assert model.autoregressive is not None
+    assert model.tokenizer is not None
+    geometry = model.manifest.geometry
+    encoder = PredictionEncoder(model.autoregressive, 400, int(model.tokenizer.pad_token_id))
+    rows, rejected = encode(model, encoder, samples())
+    assert rejected == [("k2", "image_truncated"), ("k5", "image_shape")]
+    assert [row["predicted_index"] for row in rows] == [[0], [], [2], []]
+    assert [row["reference_index"] for row in rows] == [[], [], [0, 1], []]
+    assert rows[2]["reference_grid"] == [*geometry.reference_grid] * 2
+    edit = samples()[3]
+    pictures = [image_for_role(decode_image(image), "reference", geometry) for image in edit.images[:2]]
+    with torch.no_grad():
+        shown = model.autoregressive.encode_images(*to_patches(pictures, geometry))
+        grids = [geometry.reference_grid, geometry.reference_grid, geometry.target_grid]
+        conversation = encode_conversation(model.tokenizer, edit.messages, grids)
+        nothing = torch.zeros(geometry.num_target_tokens, model.autoregressive.hidden_size)
+        batch = collate_conversations([conversation], shown, nothing, 0)
+        wanted = model.autoregressive(batch).predictions
+    stored = decode_entry(rows[2]["predicted_data"][0], "bfloat16", geometry.target_grid)
+    torch.testing.assert_close(stored.float(), wanted, rtol=0.01, atol=0.01)
+    references = [decode_entry(data, "bfloat16", geometry.reference_grid) for data in rows[2]["reference_data"]]
+    torch.testing.assert_close(torch.cat(references).float(), shown, rtol=0.01, atol=0.01)
 
 
 def test_a_slice_without_good_samples_is_an_empty_table(model: Model) -> None:
