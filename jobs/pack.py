@@ -8,7 +8,7 @@ import sys
 from jobs.command import Outcome, add_config_arguments, add_json_argument, main_of, read_config, report_outcome
 
 NAME = "pack"
-HELP = "Draw samples of the demo world and pack them into tar shards."
+HELP = "Pack samples into tar shards: of the demo world, or from jsonl, pictures with texts, or Parquet."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,12 +5,19 @@ unpickled. Whatever is wrong with its content becomes a `QuarantineRow`; reading
 
 Policies, where the contract leaves a choice:
 - Members of a sample may come in any order and interleaved with other samples: an incomplete sample waits while the
-  next `MAX_OPEN_SAMPLES` begin. Samples come out in the order of their first members.
-- A key that occurs again later in the shard: the first sample counts, the second is `key_duplicate`.
+  next `MAX_OPEN_SAMPLES` begin or `MAX_OPEN_BYTES` gather. Samples come out in the order of their first members.
+- A key that occurs again later in the shard: the first sample counts, the second is `key_duplicate`. Keys differ by
+  case, extensions don't, as in WebDataset: `k.0.PNG` beside `k.0.png` is `member_duplicate`, `K.json` another sample.
 - After a damaged header nothing more is read: sizes and borders can't be trusted. Samples complete by then count, the
-  one that was cut gets a row of its own.
-- Absolute member names and names with `..` are refused (`member_unsafe`), as are links and devices.
-- json may start with a byte-order mark; `NaN` and infinities in it are read as null.
+  one that was cut gets a row of its own. So does what a damaged gzip stream (`tar_unreadable`) or a file cut short
+  (`tar_truncated`) leaves; where only the end-of-archive mark is missing, nothing is reported.
+- Tars may be concatenated, gzip streams too. Other bytes after the end of an archive are ignored.
+- Absolute member names and names with `..` are refused (`member_unsafe`), as are links, devices, sparse files and the
+  rest of a file that began in another volume.
+- json may start with a byte-order mark; `NaN` and infinities in it are read as null. json and text larger than
+  `MAX_TEXT_BYTES` aren't parsed (`member_too_large`), longer conversations than a prompt may be are `text_too_long`.
+- Control tokens of the chat template in a text are plain text; NUL, right-to-left and zero-width characters are kept.
+- Pictures of one pixel are used; what else `nexusgen.images` refuses is reported when the picture is decoded.
 - Junk of archivers and file systems (`._X`, `.DS_Store`, `__MACOSX/`, ...) and names without extension are ignored and
   counted.
 """
@@ -21,11 +28,12 @@ import glob
 import gzip
 import hashlib
 import json
+import os
 import re
 import tarfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, BinaryIO, Literal, Protocol, cast
@@ -42,9 +50,15 @@ from nexusgen.schema import Message, QuarantineRow, Sample
 from pipelines import storage
 
 MAX_MEMBER_BYTES = 256 << 20
+MAX_TEXT_BYTES = 4 << 20  # of a json or text member: room for the longest conversation and much metadata
 MAX_TEXT_CHARACTERS = MAX_PROMPT_CHARACTERS  # a conversation's whole text
-MAX_OPEN_SAMPLES = 32
+MAX_SAMPLE_BYTES = 512 << 20  # all members of one key
+MAX_SAMPLE_MEMBERS = 1024  # of one key; names with dots before the number make one key of a whole shard
+MAX_IMAGES = 64  # of one sample; 81 tokens each, more doesn't fit the model's context beside text
+MAX_OPEN_SAMPLES = 4096
 MAX_OPEN_BYTES = 64 << 20
+MAX_TRAILING_BYTES = 64 << 20  # looked through for another tar after the end of one
+MAX_SHARDS = 2_000_000  # that one range may name
 
 SHARD_ENDINGS = (".tar", ".tar.gz", ".tgz")
 LIST_ENDINGS = (".txt", ".list")
@@ -57,15 +71,25 @@ IMAGE_EXTENSIONS = frozenset(
         "png",
         "webp",
         "gif",
+        "apng",
+        "mpo",
         "bmp",
+        "dib",
         "tif",
         "tiff",
         "avif",
+        "heic",
+        "heif",
+        "jxl",
         "jp2",
         "j2k",
-        "ppm",
+        "jpx",
+        "pnm",
+        "pbm",
         "pgm",
+        "ppm",
         "ico",
+        "qoi",
     )
 )
 
@@ -76,81 +100,125 @@ _EXTENSION_TYPES = frozenset(
 )
 _DEVICE_TYPES = frozenset((tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE))
 _DATALESS_TYPES = _DEVICE_TYPES | {tarfile.DIRTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE}
+_VOLUME_LABEL, _VOLUME_PIECE, _FOLDER_DUMP = b"V", b"M", b"D"  # GNU's own: multi-volume and incremental archives
+_SPARSE = "GNU.sparse"  # in an extended header: the data are a map and pieces, not the file
+_OTHER_FORMATS = {
+    b"PK": "a zip",
+    b"BZh": "compressed with bzip2",
+    b"\xfd7zXZ": "compressed with xz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstandard",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"PAR1": "a Parquet file",
+    b"version https://git-lfs": "a pointer of Git LFS: fetch the file itself",
+}
 _JUNK_NAMES = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 _IMAGE_FIELDS = ("images", "messages")
+_TEXT_EXTENSIONS = frozenset({"json", "txt"})
+_RANGE = re.compile(r"\{[^}]*\.\.[^}]*\}")
+_PAX_RECORD = re.compile(rb"(\d{1,10}) ([^=]+)=")
 
 
 # ---- naming shards --------------------------------------------------------------------------------------------------
 
 
-def list_shards(inputs: str | Sequence[str]) -> list[str]:
+def list_shards(inputs: str | Sequence[str], endings: tuple[str, ...] = SHARD_ENDINGS) -> list[str]:
     """URIs of the shards that paths, globs, `{000..099}` ranges, folders, list files or S3 URIs name; each once.
 
-    Local paths come out absolute. Order: as named; folders and globs by name.
+    Local paths come out absolute. Order: as named; folders and globs by name. `endings` are those taken from a folder.
     Raises: ConfigError for no input or a malformed range; InputError for names that match nothing.
     """
     names = [inputs] if isinstance(inputs, str) else list(inputs)
     if not names or not all(names):
-        raise ConfigError("no input: name tar shards by path, glob, range {000..099}, folder, list file or s3:// URI")
+        kinds = "tar shards" if endings is SHARD_ENDINGS else f"{', '.join(endings)} files"
+        raise ConfigError(f"no input: name {kinds} by path, glob, range {{000..099}}, folder, list file or s3:// URI")
     shards: dict[str, None] = {}
     for name in names:
-        found = _expand(name)
+        found = _expand(name, endings)
         if not found:
             raise InputError(f"input {name!r} matches no file")
         shards.update(dict.fromkeys(found))
     return list(shards)
 
 
-def _expand(name: str) -> list[str]:
-    if "{" in name and ".." in name:
-        expanded = expand_braces(name)
+def _expand(name: str, endings: tuple[str, ...]) -> list[str]:
+    if _RANGE.search(name):
         if storage.is_remote(name):
-            return expanded  # asking S3 about each of 100,000 names takes hours; the reader reports absent ones
-        missing = [shard for shard in expanded if not storage.local_path(shard).exists()]
-        if missing:
-            raise InputError(
-                f"input {name!r}: {len(missing)} of {len(expanded)} shards are missing, first {missing[0]}"
-            )
-        return [shard for one in expanded for shard in _expand(one)]
+            return expand_braces(name)  # asking S3 about 100,000 names takes hours; the reader reports absent ones
+        return _expand_local(name, endings)
     if any(mark in name for mark in "*?["):
         return _glob(name)
     if not storage.exists(name):
         raise InputError(f"input {name!r} doesn't exist")
     if storage.is_folder(name):
         files = storage.list_files(name, recursive=True)
-        shards = [file for file in files if file.lower().endswith(SHARD_ENDINGS)]
+        shards = [file for file in files if file.lower().endswith(endings)]
         if not shards:
-            raise InputError(f"the folder {name!r} holds no {', '.join(SHARD_ENDINGS)} file")
+            raise InputError(f"the folder {name!r} holds no {', '.join(endings)} file")
         return shards
     if name.lower().endswith(LIST_ENDINGS):
-        return _read_list(name)
+        return _read_list(name, endings)
     return [name if storage.is_remote(name) else str(storage.local_path(name))]
+
+
+def _expand_local(name: str, endings: tuple[str, ...]) -> list[str]:
+    """A range of local names: each folder is listed once instead of asking about every name in it."""
+    expanded = expand_braces(str(storage.local_path(name)))
+    if any(mark in name for mark in "*?["):
+        return [shard for pattern in expanded for shard in _expand(pattern, endings)]
+    files: dict[str, set[str]] = {}
+    shards: list[str] = []
+    missing: list[str] = []
+    for path in expanded:
+        folder, _, base = path.rpartition("/")
+        if folder not in files:
+            files[folder] = _names_of_files(folder or "/")
+        if base in files[folder] and not base.lower().endswith(LIST_ENDINGS):
+            shards.append(path)
+        elif storage.exists(path):
+            shards += _expand(path, endings)  # a folder or a list
+        else:
+            missing.append(path)
+    if missing:
+        raise InputError(f"input {name!r}: {len(missing)} of {len(expanded)} shards are missing, first {missing[0]}")
+    return shards
+
+
+def _names_of_files(folder: str) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_file()}
+    except OSError:
+        return set()  # the caller reports what it misses
 
 
 def expand_braces(name: str) -> list[str]:
     """Every name that the numeric ranges `{A..B}` in `name` stand for; zeros in front are kept. Raises: ConfigError."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", name)
     if match is None:
-        if re.search(r"\{[^}]*\.\.[^}]*\}", name):
+        if _RANGE.search(name):
             raise ConfigError(f"input {name!r}: expected a range of two numbers such as {{000..099}}")
         return [name]
     first, last = match.groups()
     if int(last) < int(first):
         raise ConfigError(f"input {name!r}: the range {match.group()} runs backwards")
-    heads = (f"{name[: match.start()]}{number:0{len(first)}d}" for number in range(int(first), int(last) + 1))
     tails = expand_braces(name[match.end() :])
+    if (int(last) - int(first) + 1) * len(tails) > MAX_SHARDS:
+        raise ConfigError(f"input {name!r}: the range names more than {MAX_SHARDS:,} shards")
+    heads = (f"{name[: match.start()]}{number:0{len(first)}d}" for number in range(int(first), int(last) + 1))
     return [head + tail for head in heads for tail in tails]
 
 
 def _glob(pattern: str) -> list[str]:
     if not storage.is_remote(pattern):
-        found = glob.glob(str(storage.local_path(pattern)), recursive=True)  # noqa: PTH207 (the pattern is absolute)
-        return [path for path in sorted(found) if storage.local_path(path).is_file()]
+        path = str(storage.local_path(pattern))
+        # A file whose own name holds such marks is meant by it. No Paths: 100,000 of them cost a second.
+        found = [path] if os.path.lexists(path) else glob.glob(path, recursive=True)  # noqa: PTH207
+        return [path for path in sorted(found) if os.path.isfile(path)]  # noqa: PTH113
     folder = re.split(r"[*?\[]", pattern, maxsplit=1)[0].rpartition("/")[0]
     return [file for file in storage.list_files(folder, recursive=True) if fnmatchcase(file, pattern)]
 
 
-def _read_list(name: str) -> list[str]:
+def _read_list(name: str, endings: tuple[str, ...]) -> list[str]:
     text = storage.read_bytes(name).decode("utf-8", errors="replace")
     lines = [line.strip() for line in text.splitlines()]
     entries = [line for line in lines if line and not line.startswith("#")]
@@ -162,7 +230,7 @@ def _read_list(name: str) -> list[str]:
         if entry.lower().endswith(LIST_ENDINGS):
             raise InputError(f"the list {name!r} names another list, {entry!r}; expected shards")
         is_relative = folder and not storage.is_remote(entry) and not entry.startswith(("/", "~"))
-        shards += _expand(f"{folder}/{entry}" if is_relative else entry)
+        shards += _expand(f"{folder}/{entry}" if is_relative else entry, endings)
     return shards
 
 
@@ -184,10 +252,19 @@ class _Readable(Protocol):
 class _TarDamageError(Exception):
     """The stream can't be read on as a tar; becomes a quarantine row of the shard."""
 
-    def __init__(self, reason_code: str, reason: str, member: str = "", *, is_tolerable: bool = False) -> None:
+    def __init__(
+        self,
+        reason_code: str,
+        reason: str,
+        member: str = "",
+        *,
+        is_tolerable: bool = False,
+        is_garbage: bool = False,
+    ) -> None:
         super().__init__(reason_code, reason, member)
         self.reason_code, self.reason, self.member = reason_code, reason, member
         self.is_tolerable = is_tolerable  # no harm, unless it cut a sample
+        self.is_garbage = is_garbage  # bytes of another kind after a whole gzip stream
 
 
 @dataclass(frozen=True)
@@ -248,7 +325,10 @@ def _read_exactly(stream: _Readable, size: int) -> bytes:
         except EOFError:
             break  # gzip's word for a stream cut short; the caller sees too few bytes
         except (gzip.BadGzipFile, zlib.error) as error:
-            raise _TarDamageError("tar_unreadable", f"the gzip stream is damaged: {error}") from None
+            # What follows a whole stream may be anything; the checksum of the stream itself must be right.
+            is_garbage = str(error).startswith("Not a gzipped file")
+            reason = f"the gzip stream is damaged: {error}"
+            raise _TarDamageError("tar_unreadable", reason, is_garbage=is_garbage) from None
         if not chunk:
             break
         chunks.append(chunk)
@@ -260,9 +340,15 @@ def _iterate_members(stream: _Readable, max_member_bytes: int) -> Iterator[_Memb
     """Every member that isn't a folder. Raises: _TarDamageError where the stream can't be read on."""
     offset = 0
     has_ended = False
+    num_trailing = 0
     extended: dict[str, str] = {}  # what pax and GNU headers say about the next member
     while True:
-        block = _read_exactly(stream, _BLOCK)
+        try:
+            block = _read_exactly(stream, _BLOCK)
+        except _TarDamageError as damage:
+            if has_ended and damage.is_garbage:
+                return
+            raise
         where = f"at byte {offset:,}"
         if not block or (has_ended and len(block) < _BLOCK):
             if offset == 0:
@@ -271,11 +357,15 @@ def _iterate_members(stream: _Readable, max_member_bytes: int) -> Iterator[_Memb
                 return
             raise _TarDamageError("tar_truncated", "the end-of-archive mark is missing", is_tolerable=True)
         if len(block) < _BLOCK:
-            code = "tar_truncated" if offset else "tar_not_a_tar"
-            raise _TarDamageError(code, f"the file ends inside a header {where}")
+            if offset:
+                raise _TarDamageError("tar_truncated", f"the file ends inside a header {where}")
+            raise _not_a_tar(block, f"the file has {len(block)} bytes; a tar has at least {_BLOCK}")
         offset += _BLOCK
         if block == _ZEROS:
             has_ended = True  # tars may be concatenated: look on for another header
+            num_trailing += _BLOCK
+            if num_trailing > MAX_TRAILING_BYTES:
+                return  # compressed zeros could go on for hours
             continue
         try:
             info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
@@ -283,15 +373,16 @@ def _iterate_members(stream: _Readable, max_member_bytes: int) -> Iterator[_Memb
             if has_ended:
                 return  # bytes after the end of the archive
             if offset == _BLOCK:
-                raise _TarDamageError("tar_not_a_tar", f"no tar header in the first {_BLOCK} bytes: {error}") from None
+                raise _not_a_tar(block, f"no tar header in the first {_BLOCK} bytes: {error}") from None
             raise _TarDamageError("tar_header", f"the header {where} is damaged: {error}") from None
         has_ended = False
-        size = _extended_size(extended, info.size)
-        name = _clean_name(extended.get("path", info.name))
+        num_trailing = 0
+        name = _clean_name(extended.get("path") or info.name)
+        size = _size_of(extended, info.size)
         if info.type in _DATALESS_TYPES:
             size = 0  # whatever their size field says
         if size < 0:
-            raise _TarDamageError("tar_header", f"the header {where} declares a negative size", name)
+            raise _TarDamageError("tar_header", f"the header {where} declares no valid size", name)
         padded = -(-size // _BLOCK) * _BLOCK
         is_extension = info.type in _EXTENSION_TYPES
         if is_extension and size > 1 << 20:
@@ -303,7 +394,10 @@ def _iterate_members(stream: _Readable, max_member_bytes: int) -> Iterator[_Memb
                 block = _read_exactly(stream, _BLOCK).ljust(_BLOCK, b"\0")
                 offset += _BLOCK
                 is_continued = block[504]
-        is_taken = size <= max_member_bytes and info.type != tarfile.GNUTYPE_SPARSE
+        is_sparse = info.type == tarfile.GNUTYPE_SPARSE or _SPARSE in extended
+        is_text = split_name(name)[1].lower() in _TEXT_EXTENSIONS
+        limit = min(max_member_bytes, MAX_TEXT_BYTES) if is_text and not is_extension else max_member_bytes
+        is_taken = size <= limit and not is_sparse
         data = b""
         if is_taken:
             data = _read_exactly(stream, padded)
@@ -318,15 +412,18 @@ def _iterate_members(stream: _Readable, max_member_bytes: int) -> Iterator[_Memb
             extended = {**extended, **_read_extension(info.type, data)}
             continue
         extended = {}
-        if info.type == tarfile.DIRTYPE or (info.type == tarfile.AREGTYPE and name.endswith("/")):
+        is_folder = info.type == tarfile.DIRTYPE or (info.type == tarfile.AREGTYPE and name.endswith("/"))
+        if is_folder or info.type in (_VOLUME_LABEL, _FOLDER_DUMP):
             continue
         problem = None
         if not is_taken:
-            problem = ("member_too_large", f"{size:,} bytes; at most {max_member_bytes:,} are read")
+            problem = ("member_too_large", f"{size:,} bytes; at most {limit:,} are read")
         if info.type in (tarfile.LNKTYPE, tarfile.SYMTYPE):
             problem = ("member_unsafe", "a link; links are never followed")
-        elif info.type in _DEVICE_TYPES or info.type == tarfile.GNUTYPE_SPARSE:
+        elif info.type in _DEVICE_TYPES or is_sparse:
             problem = ("member_unsafe", "a device, pipe or sparse file")
+        elif info.type == _VOLUME_PIECE:
+            problem = ("member_unsafe", "a piece of a file that began in another volume")
         elif _is_unsafe(name):
             problem = ("member_unsafe", "the name is absolute or climbs out of the shard")
         yield _Member(name, b"" if problem else data, problem)
@@ -344,27 +441,35 @@ def _skip(stream: _Readable, size: int) -> int:
     return skipped
 
 
-def _extended_size(extended: dict[str, str], size: int) -> int:
-    text = extended.get("size", "")
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else size
+def _not_a_tar(start: bytes, reason: str) -> _TarDamageError:
+    kind = next((kind for magic, kind in _OTHER_FORMATS.items() if start.startswith(magic)), None)
+    return _TarDamageError("tar_not_a_tar", f"{reason} (the file is {kind})" if kind else reason)
+
+
+def _size_of(extended: dict[str, str], size: int) -> int:
+    """A member's size: an extended header's before the header's own; -1 if it isn't a number."""
+    text = extended.get("size") or str(size)
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else -1
 
 
 def _read_extension(kind: bytes, data: bytes) -> dict[str, str]:
-    """Path and size out of a pax or GNU extension; anything else in it doesn't concern us."""
+    """Path and size out of a pax or GNU extension, and whether the file is sparse; the rest doesn't concern us."""
     if kind == tarfile.GNUTYPE_LONGNAME:
-        return {"path": data.rstrip(b"\0").decode("utf-8", "surrogateescape")}
+        return {"path": data.partition(b"\0")[0].decode("utf-8", "surrogateescape")}
     if kind not in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
         return {}
     found: dict[str, str] = {}
-    while match := re.match(rb"(\d{1,10}) ([^=]+)=", data):
-        length = int(match.group(1))
-        value = data[match.end() : length - 1]
-        if length <= match.end():
+    start = 0
+    while match := _PAX_RECORD.match(data, start):
+        end = start + int(match.group(1))
+        if end <= match.end():
             break
         keyword = match.group(2).decode("utf-8", "replace")
         if keyword in ("path", "size"):
-            found[keyword] = value.decode("utf-8", "surrogateescape")
-        data = data[length:]
+            found[keyword] = data[match.end() : end - 1].decode("utf-8", "surrogateescape")
+        elif keyword.startswith(f"{_SPARSE}."):
+            found[_SPARSE] = keyword
+        start = end
     return found
 
 
@@ -419,29 +524,38 @@ class _Group:
 
     key: str
     row: int
-    members: dict[str, bytes] = field(default_factory=dict)  # by extension
+    members: dict[str, bytes] = field(default_factory=dict)  # by extension, in lower case
     problem: SampleError | None = None
     record: dict[str, Any] | None = None  # KEY.json, parsed
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(map(len, self.members.values()))
+    num_bytes: int = 0
 
     def add(self, member: _Member, extension: str) -> None:
+        """Take a member; once the sample has a problem, only its members' names are kept."""
+        extension = extension.lower()
         if member.problem is not None:
             self.fail(*member.problem, member.name)
         elif extension in self.members:
             self.fail("member_duplicate", "the sample holds this name twice", member.name)
+        elif len(self.members) >= MAX_SAMPLE_MEMBERS:
+            self.fail("sample_unknown", f"more than {MAX_SAMPLE_MEMBERS:,} members; a key ends at the name's first dot")
+        elif self.num_bytes + len(member.data) > MAX_SAMPLE_BYTES:
+            self.fail("member_too_large", f"the sample has more than {MAX_SAMPLE_BYTES:,} bytes", member.name)
+        elif self.problem is not None:
+            self.members[extension] = b""
         else:
             self.members[extension] = member.data
-            if extension.lower() == "json":
+            self.num_bytes += len(member.data)
+            if extension == "json":
                 try:
                     self.record = parse_record(member.data)
                 except SampleError as error:
                     self.fail(error.reason_code, error.reason, member.name)
 
     def fail(self, reason_code: str, reason: str, member: str = "") -> None:
-        self.problem = self.problem or SampleError(reason_code, reason, member)
+        if self.problem is None:
+            self.problem = SampleError(reason_code, reason, member)
+            self.members = dict.fromkeys(self.members, b"")
+            self.num_bytes = 0
 
     @property
     def is_complete(self) -> bool:
@@ -450,24 +564,25 @@ class _Group:
             return True
         if self.record is not None and any(name in self.record for name in _IMAGE_FIELDS):
             names = self.record.get("images", [])
-            return not isinstance(names, list) or all(self.find(name) is not None for name in names)
+            if not isinstance(names, list) or len(names) > MAX_IMAGES:
+                return True
+            return all(self.find(name) is not None for name in names)
         has_text = "txt" in self.members or (self.record is not None and "caption" in self.record)
         return has_text and bool(self.image_extensions())
 
     def image_extensions(self) -> list[str]:
-        return [extension for extension in self.members if extension.lower() in IMAGE_EXTENSIONS]
+        return [extension for extension in self.members if extension in IMAGE_EXTENSIONS]
 
     def find(self, name: object) -> bytes | None:
         """The member that a name in `images` means: an extension, or a member's full or base name."""
         if not isinstance(name, str):
             return None
-        _, extension = split_name(_clean_name(name))
+        if (found := self.members.get(name.lower())) is not None:
+            return found
+        name = _clean_name(name)
         base = self.key.rpartition("/")[2]
-        for candidate in (name, extension if name.startswith((f"{self.key}.", f"{base}.")) else ""):
-            if candidate in self.members:
-                return self.members[candidate]
-        lowered = {known.lower(): data for known, data in self.members.items()}
-        return lowered.get(name.lower())
+        is_full = name.startswith((f"{self.key}.", f"{base}."))
+        return self.members.get(split_name(name)[1].lower()) if is_full else None
 
 
 class ShardReader:
@@ -491,13 +606,14 @@ class ShardReader:
                 yield from self._read(_open_tar(stream))
                 self.digest = stream.drain()
                 self.num_bytes = stream.num_bytes
-        except (OSError, InputError) as error:
+        except (OSError, InputError, UnicodeError) as error:  # the last for a file's name that isn't UTF-8
             yield self._row("tar_unreadable", str(error))
 
     def _read(self, tar: _Readable) -> Iterator[Sample | QuarantineRow]:
         open_groups: OrderedDict[str, _Group] = OrderedDict()
         closed: set[str] = set()
         current = ""
+        num_bytes = 0  # of all open groups
         try:
             for member in _iterate_members(tar, self.options.max_member_bytes):
                 if _is_junk(member.name):
@@ -505,8 +621,9 @@ class ShardReader:
                     continue
                 key, extension = split_name(member.name)
                 group = open_groups.get(key)
-                if group is not None and key != current and extension in group.members:
+                if group is not None and key != current and extension.lower() in group.members:
                     # The key begins anew: what came before must stand on its own.
+                    num_bytes -= group.num_bytes
                     yield self._close(open_groups.pop(key))
                     closed.add(key)
                     group = None
@@ -515,10 +632,13 @@ class ShardReader:
                     self.num_groups += 1
                     if key in closed:
                         group.fail("key_duplicate", "the key occurred earlier in this shard; the first sample counts")
+                num_bytes -= group.num_bytes
                 group.add(member, extension)
+                num_bytes += group.num_bytes
                 current = key
-                while open_groups and self._is_due(open_groups, current):
+                while open_groups and self._is_due(open_groups, current, num_bytes):
                     first, done = open_groups.popitem(last=False)
+                    num_bytes -= done.num_bytes
                     closed.add(first)
                     yield self._close(done)
         except _TarDamageError as damage:
@@ -530,14 +650,12 @@ class ShardReader:
             yield self._row("tar_empty", f"the tar holds no sample ({self.num_ignored} members ignored)")
 
     @staticmethod
-    def _is_due(open_groups: OrderedDict[str, _Group], current: str) -> bool:
+    def _is_due(open_groups: OrderedDict[str, _Group], current: str, num_bytes: int) -> bool:
         """Whether the oldest open sample should come out now: complete, or waited for long enough."""
         oldest = next(iter(open_groups.values()))
         if oldest.key == current:
             return False  # more of its members may follow
-        if oldest.is_complete or len(open_groups) > MAX_OPEN_SAMPLES:
-            return True
-        return sum(group.num_bytes for group in open_groups.values()) > MAX_OPEN_BYTES
+        return len(open_groups) > MAX_OPEN_SAMPLES or num_bytes > MAX_OPEN_BYTES or oldest.is_complete
 
     def _close(self, group: _Group) -> Sample | QuarantineRow:
         try:
@@ -583,6 +701,18 @@ def parse_record(data: bytes) -> dict[str, Any]:
     return record
 
 
+def parse_sample(key: str, members: Mapping[str, bytes]) -> Sample:
+    """Members, by extension, as the reader will judge them; the shard's name stays empty. Raises: SampleError."""
+    group = _Group(key, 0)
+    for extension, data in members.items():
+        if extension.lower() in _TEXT_EXTENSIONS and len(data) > MAX_TEXT_BYTES:
+            group.fail("member_too_large", f"{len(data):,} bytes; at most {MAX_TEXT_BYTES:,} are read", extension)
+        group.add(_Member(f"{key}.{extension}", data), extension)
+    if group.problem is not None:
+        raise group.problem
+    return _build_sample("", group, ReadOptions())
+
+
 def guess_language(messages: Sequence[Message]) -> str:
     """`zh` where at least one letter in ten is a CJK ideograph, else `en`."""
     text = "".join(message.content for message in messages)
@@ -602,9 +732,14 @@ def _build_sample(shard: str, group: _Group, options: ReadOptions) -> Sample:
         raise SampleError("text_too_long", f"{num_characters:,} characters; at most {options.max_text_characters:,}")
     validate_messages(messages, len(images))
     meta = {name: value for name, value in record.items() if name not in _IMAGE_FIELDS}
-    stated = record.get("lang")
-    lang = stated if isinstance(stated, str) and 0 < len(stated) <= 16 else guess_language(messages)
+    lang = _stated_language(record) or guess_language(messages)
     return Sample(group.key, shard, group.row, task_of(messages), lang, messages, images, meta)
+
+
+def _stated_language(record: dict[str, Any]) -> str:
+    """What `lang` says, if that can be the name of a language; else nothing."""
+    stated = record.get("lang")
+    return stated if isinstance(stated, str) and re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,15}", stated) else ""
 
 
 def _parse_conversation(group: _Group, record: dict[str, Any]) -> tuple[tuple[Message, ...], tuple[bytes, ...]]:
@@ -612,6 +747,8 @@ def _parse_conversation(group: _Group, record: dict[str, Any]) -> tuple[tuple[Me
     names = record.get("images", [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise SampleError("json_invalid", "`images` isn't a list of names")
+    if len(names) > MAX_IMAGES:
+        raise SampleError("messages_invalid", f"{len(names):,} images; at most {MAX_IMAGES} are used")
     turns = record.get("messages")
     if not isinstance(turns, list) or not turns:
         raise SampleError("messages_invalid", "`messages` isn't a list of at least one message")
@@ -625,7 +762,7 @@ def _parse_conversation(group: _Group, record: dict[str, Any]) -> tuple[tuple[Me
     for name in names:
         data = group.find(name)
         if data is None:
-            raise SampleError("member_missing", f"the json names {name!r}, which is not in the shard", name)
+            raise SampleError("member_missing", f"the json names {name[:200]!r}, which is not in the shard", name[:200])
         images.append(data)
     return tuple(messages), tuple(images)
 
@@ -650,6 +787,6 @@ def _parse_pair(
         caption = record["caption"].strip() if isinstance(record["caption"], str) else ""
     if not caption:
         raise SampleError("text_invalid", "the caption is empty")
-    lang = str(record["lang"]) if isinstance(record.get("lang"), str) else guess_language([Message("user", caption)])
+    lang = _stated_language(record) or guess_language([Message("user", caption)])
     build = generation_messages if options.pairs_as == "generation" else understanding_messages
     return build(caption, lang), (group.members[names[0]],)
