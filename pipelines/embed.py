@@ -178,7 +178,9 @@ def embed(config: EmbedConfig, parent_run_id: str | None = None) -> JobReport:
                 tally.check(is_final=True)
             finally:
                 run.log_metrics(tally.metrics(), step=tally.num_samples)
-                run.log_text(_quarantine_report(tally), "quarantine.txt")
+                account = _quarantine_report(tally)
+                run.log_text(account, "quarantine.txt")
+                print(f"embed {config.mode}: {account}", end="", file=sys.stderr, flush=True)
             done = _enter(plan, shards, records, run.run_id)
             _log_inputs(run, config, done)
             report = _report(meter, folder, done, tally, num_rewritten, reused=False)
