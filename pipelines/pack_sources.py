@@ -441,8 +441,6 @@ def to_members(key: str, content: Content) -> dict[str, bytes]:
         members["json"] = json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise SampleError("text_invalid", f"a text isn't valid Unicode: {error.reason}") from None
-    if len(members["json"]) > MAX_MEMBER_BYTES:
-        raise SampleError("member_too_large", f"a json of {len(members['json']):,} bytes", "json")
     parse_sample(key, members)
     return members
 
@@ -451,6 +449,8 @@ def _check_header(name: str, data: bytes) -> str:
     """The format that a picture's header tells. Whether its pixels can be read, embed finds out."""
     if not data:
         raise SampleError("image_undecodable", "the image has no bytes", name)
+    if len(data) > MAX_MEMBER_BYTES:
+        raise SampleError("member_too_large", f"{len(data):,} bytes; at most {MAX_MEMBER_BYTES:,} are read", name)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
         try:
