@@ -2,17 +2,34 @@
 
 Addresses and credentials of S3 come from the environment (`AWS_*`), as pyarrow reads them. A write to a folder goes to
 a temporary name and is renamed; an object of S3 appears whole when it is closed.
+
+What passes on S3 (500, 503 SlowDown, silence, a connection that breaks, a body cut short) is tried again. The AWS SDK
+below pyarrow repeats a single request, be it a part of an upload, a page of a listing or a range of a file; it knows no
+budget, and it can't be interrupted, so it does so `REQUEST_ATTEMPTS` times only. `_retry` repeats the whole operation
+on top of that, with exponential backoff, jitter and a budget of seconds. What doesn't pass (a missing object, a refused
+key) is told at once. A job that gives up ends with a ResourceError: an outage is never taken for bad data.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import io
+import itertools
+import logging
 import os
+import random
+import re
 import shutil
 import tempfile
+import time
 import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pyarrow as pa
 from pyarrow import fs
@@ -20,8 +37,30 @@ from pyarrow import fs
 from nexusgen.errors import InputError, ResourceError
 from nexusgen.schema import MANIFEST_NAME
 
+log = logging.getLogger(__name__)
+
 READ_BUFFER_BYTES = 8 << 20  # S3 answers a few large ranged reads faster than many small ones
+RANDOM_BUFFER_BYTES = 1 << 20  # Parquet asks for many small pieces that lie side by side
+NUM_PARALLEL_FILES = 8  # copied at a time: one connection to S3 gives a tenth of a fast network
+
+RETRY_BUDGET_S = 300.0  # a store that restarts or throttles is back within minutes; a day's job should outlive that
+MAX_ATTEMPTS = 40  # where failures come at once: what 300 s leave room for, with MAX_DELAY_S between them on average
+FIRST_DELAY_S = 0.5
+MAX_DELAY_S = 20.0
+REQUEST_ATTEMPTS = 3  # of the SDK, per request: a lost answer in twenty mustn't start an upload of 100 parts anew
+REQUEST_TIMEOUT_S = 10.0  # without a byte; the SDK's own 3 s are less than a throttled store may take
+CONNECT_TIMEOUT_S = 5.0  # the SDK's own 1 s is less than a machine with busy cores may take
+
 _TEMPORARY = ".tmp-"
+_S3 = "s3://"
+# In pyarrow's words, which has no classes for them. NO_SUCH_UPLOAD: an upload was completed, but the answer got lost.
+_PASSING = re.compile(
+    r"AWS Error (INTERNAL_FAILURE|SERVICE_UNAVAILABLE|SLOW_DOWN|THROTTLING|REQUEST_TIMEOUT|NETWORK_CONNECTION"
+    r"|NO_SUCH_UPLOAD)|HTTP status (5\d\d|408|429|-1)"  # -1: half an answer, which is no XML
+)
+_jitter = random.SystemRandom()  # workers that failed together mustn't come back together
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -52,10 +91,130 @@ def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     if not is_remote(uri):
         return fs.LocalFileSystem(), str(local_path(uri))
     try:
+        if uri.startswith(_S3):
+            path = uri.removeprefix(_S3).rstrip("/")
+            bucket = path.partition("/")[0]
+            if not bucket or "@" in bucket:
+                raise ValueError("no bucket is named, or credentials, which belong into AWS_* of the environment")
+            endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+            return _open_s3(endpoint, None if endpoint else bucket), path
         filesystem, path = fs.FileSystem.from_uri(uri)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(f"cannot open {uri}: {error}; expected a path or s3://bucket/prefix") from None
     return filesystem, path
+
+
+@functools.lru_cache(maxsize=64)
+def _open_s3(endpoint: str | None, bucket: str | None) -> fs.FileSystem:
+    """S3 at an endpoint, or Amazon's in the region of a bucket. Kept, as making one takes a tenth of a second."""
+    region = None
+    if bucket:
+        region = _retry(f"cannot find the region of bucket {bucket}", lambda: fs.resolve_s3_region(bucket))
+    return fs.S3FileSystem(
+        endpoint_override=endpoint,
+        region=region,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=REQUEST_ATTEMPTS),
+        request_timeout=REQUEST_TIMEOUT_S,
+        connect_timeout=CONNECT_TIMEOUT_S,
+        allow_delayed_open=True,  # a small object is one request instead of the three of an upload in parts
+        background_writes=False,  # they would hold a copy of all that isn't sent yet
+    )
+
+
+def _retry(failure: str, call: Callable[[], _T]) -> _T:
+    """What `call` gives, tried again while it fails for a reason that passes; `failure` begins what is said then.
+
+    Raises: ResourceError when attempts or budget are used up; OSError, as it came, for what doesn't pass.
+    """
+    started = time.monotonic()
+    for attempt in itertools.count(1):
+        try:
+            return call()
+        except OSError as error:
+            if not (isinstance(error, _ShortBodyError) or _PASSING.search(str(error))):
+                raise
+            spent = time.monotonic() - started
+            delay = _jitter.uniform(0, min(MAX_DELAY_S, FIRST_DELAY_S * 2 ** min(attempt, 30)))
+            if attempt >= MAX_ATTEMPTS or spent + delay > RETRY_BUDGET_S:
+                raise ResourceError(
+                    f"{failure}: {error}; gave up after {attempt} attempts in {spent:.1f} s: start the job again when "
+                    f"the store answers"
+                ) from None
+            log.warning("%s: %s; attempt %d failed, the next one comes in %.1f s", failure, error, attempt, delay)
+        time.sleep(delay)
+    raise AssertionError("unreachable")
+
+
+class _ShortBodyError(OSError):
+    """Fewer bytes came than were asked for, and than the object holds."""
+
+
+class _RemoteFile(io.RawIOBase):
+    """A remote file as a raw stream with a position: a read that fails is repeated from where it began.
+
+    Raises: ResourceError or OSError, as `_retry`.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self._failure = f"cannot read {uri}"
+        filesystem, path = open_filesystem(uri)
+        self._file = _retry(self._failure, lambda: filesystem.open_input_file(path))
+        self._size = int(self._file.size())
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Fill the buffer as far as the file goes: fewer bytes than fit mean its end, and nothing else does."""
+        view = memoryview(buffer)[: max(self._size - self._position, 0)]
+        if view:
+            _retry(self._failure, lambda: self._fill(view, self._position))
+            self._position += len(view)
+        return len(view)
+
+    def readall(self) -> bytes:
+        """What is left; Python's own takes 8 KB at a time."""
+        data = bytearray(max(self._size - self._position, 0))
+        for start in range(0, len(data), READ_BUFFER_BYTES):
+            self.readinto(memoryview(data)[start : start + READ_BUFFER_BYTES])
+        return bytes(data)
+
+    def _fill(self, view: memoryview, position: int) -> None:
+        """One ranged read. Raises: _ShortBodyError if the answer's body was cut.
+
+        pyarrow trusts the answer's Content-Length. Of a body without one that breaks off, or whose length was cut with
+        it, it tells the full length and leaves the rest of the buffer as it was (25.0). So the last byte is marked
+        before: a byte that looks the same afterwards is, but for one in 256, one that never came, and is asked for.
+        """
+        mark = _jitter.randrange(256)
+        view[-1] = mark
+        num_bytes = self._read_at(view, position)
+        if num_bytes == len(view) and view[-1] == mark:
+            last = bytearray([mark ^ 0xFF])
+            num_bytes -= self._read_at(memoryview(last), position + len(view) - 1) != 1 or last[0] != mark
+        if num_bytes != len(view):
+            end = position + len(view)
+            raise _ShortBodyError(f"a body was cut short: bytes {position} to {end} of {self._size} didn't all come")
+
+    def _read_at(self, view: memoryview, position: int) -> int:
+        self._file.seek(position)
+        return int(self._file.readinto(view))
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
 
 
 def join(uri: str, *parts: str) -> str:
@@ -86,23 +245,30 @@ def stat(uri: str) -> FileStat:
     return FileStat(int(info.size or 0), int(info.mtime_ns or 0))
 
 
-def open_input(uri: str) -> pa.NativeFile:
-    """A file as a stream of bytes. Raises: OSError."""
+def open_input(uri: str) -> Any:
+    """A file as a stream of bytes. Raises: OSError; ResourceError, also during a read, if the store doesn't answer."""
+    if is_remote(uri):
+        return io.BufferedReader(_RemoteFile(uri), READ_BUFFER_BYTES)
     filesystem, path = open_filesystem(uri)
     return filesystem.open_input_stream(path, compression=None, buffer_size=READ_BUFFER_BYTES)
 
 
 def open_random(uri: str) -> pa.NativeFile:
-    """A file for reading at any place, as Parquet wants it. Raises: InputError if it can't be opened."""
-    filesystem, path = open_filesystem(uri)
+    """A file for reading at any place, as Parquet wants it.
+
+    Raises: InputError if it can't be opened; ResourceError, also while it is read, if the store doesn't answer.
+    """
     try:
+        if is_remote(uri):
+            return pa.PythonFile(io.BufferedReader(_RemoteFile(uri), RANDOM_BUFFER_BYTES), mode="r")
+        filesystem, path = open_filesystem(uri)
         return filesystem.open_input_file(path)
     except OSError as error:
         raise InputError(f"cannot read {uri}: {error}") from None
 
 
 def read_bytes(uri: str) -> bytes:
-    """The whole content of a file. Raises: InputError if it can't be read."""
+    """The whole content of a file. Raises: InputError if it can't be read; ResourceError if no store answers."""
     try:
         with open_input(uri) as stream:
             return bytes(stream.read())
@@ -114,9 +280,7 @@ def write_bytes_atomic(uri: str, data: bytes | pa.Buffer) -> None:
     """Write a file that is seen whole or not at all; its folder is made. Raises: ResourceError if that fails."""
     try:
         if is_remote(uri):
-            filesystem, path = open_filesystem(uri)
-            with filesystem.open_output_stream(path) as stream:
-                stream.write(data)
+            _retry(f"cannot write {uri}", lambda: _put(uri, data))
             return
         target = local_path(uri)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -133,25 +297,41 @@ def write_bytes_atomic(uri: str, data: bytes | pa.Buffer) -> None:
 
 
 def list_files(uri: str, *, recursive: bool = False) -> list[str]:
-    """URIs of the files in a folder by name; none if there is no such folder. Temporary files are left out."""
+    """URIs of the files in a folder by name; none if there is no such folder. Temporary files are left out.
+
+    Raises: InputError if it can't be listed; ResourceError if the store doesn't answer.
+    """
     filesystem, path = open_filesystem(uri)
     selector = fs.FileSelector(path, allow_not_found=True, recursive=recursive)
-    names = sorted(info.path for info in filesystem.get_file_info(selector) if info.type == fs.FileType.File)
+    try:
+        infos = _retry(f"cannot list {uri}", lambda: filesystem.get_file_info(selector))
+    except OSError as error:
+        raise InputError(f"cannot list {uri}: {error}") from None
+    names = sorted(info.path for info in infos if info.type == fs.FileType.File)
     prefix = f"{uri.partition('://')[0]}://" if is_remote(uri) else ""
     return [prefix + name for name in names if _TEMPORARY not in name.rpartition("/")[2]]
 
 
 def delete(uri: str) -> None:
-    """Delete a file; it may be absent."""
+    """Delete a file; it may be absent. Raises: ResourceError if that fails."""
     filesystem, path = open_filesystem(uri)
-    if filesystem.get_file_info(path).type == fs.FileType.File:
-        filesystem.delete_file(path)
+
+    def attempt() -> None:
+        if filesystem.get_file_info(path).type == fs.FileType.File:
+            # Absent by now: another process was faster, or an earlier attempt whose answer got lost.
+            with suppress(FileNotFoundError):
+                filesystem.delete_file(path)
+
+    try:
+        _retry(f"cannot delete {uri}", attempt)
+    except OSError as error:
+        raise ResourceError(f"cannot delete {uri}: {error}") from None
 
 
 def fetch_folder(uri: str, cache: Path | None = None) -> Path:
     """A folder as a local path: a local one as it is, a remote one copied once into `cache`.
 
-    Raises: InputError if the folder doesn't exist.
+    Raises: InputError if the folder doesn't exist; ResourceError if the store doesn't answer or the disk is full.
     """
     if not is_folder(uri):
         raise InputError(f"{uri} is not a folder")
@@ -164,12 +344,36 @@ def fetch_folder(uri: str, cache: Path | None = None) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=root))
     try:
-        filesystem, path = open_filesystem(uri)
-        fs.copy_files(path, str(staging), source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
+        names = [file.removeprefix(f"{uri.rstrip('/')}/") for file in list_files(uri, recursive=True)]
+        with ThreadPoolExecutor(NUM_PARALLEL_FILES) as pool:
+            list(pool.map(lambda name: _download(join(uri, name), staging / name), names))
         put_in_place(staging, target)
+    except OSError as error:
+        raise ResourceError(f"cannot copy {uri} to {target}: {error}; check rights and space there") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target
+
+
+def _download(uri: str, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open_input(uri) as stream, target.open("wb") as out:
+        shutil.copyfileobj(stream, out, READ_BUFFER_BYTES)
+
+
+def _put(uri: str, data: bytes | pa.Buffer) -> None:
+    """Write an object of S3: in one request if it is small, else in parts."""
+    filesystem, path = open_filesystem(uri)
+    with filesystem.open_output_stream(path) as stream:
+        # In one call: whatever ended a loop of ours in between would leave a short object behind, as the stream, when
+        # it is closed, completes what it has. A call that fails leaves none.
+        stream.write(data)
+
+
+def _upload(file: Path, uri: str) -> None:
+    # pyarrow maps no empty file.
+    data = pa.memory_map(str(file)).read_buffer() if file.stat().st_size else b""
+    _retry(f"cannot write {uri}", lambda: _put(uri, data))
 
 
 def put_in_place(staging: Path, target: Path) -> None:
@@ -205,13 +409,12 @@ def upload_folder(source: Path, uri: str) -> None:
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
             return
-        # The manifest last: who finds it finds everything.
-        files = sorted((p for p in source.rglob("*") if p.is_file()), key=lambda p: (p.name == MANIFEST_NAME, str(p)))
-        for file in files:
-            filesystem, path = open_filesystem(join(uri, file.relative_to(source).as_posix()))
-            with filesystem.open_output_stream(path) as stream, file.open("rb") as content:
-                while chunk := content.read(READ_BUFFER_BYTES):
-                    stream.write(chunk)
+        with ThreadPoolExecutor(NUM_PARALLEL_FILES) as pool:
+            files = [path for path in source.rglob("*") if path.is_file()]
+            # The manifest last: who finds it finds everything.
+            for is_manifest in (False, True):
+                group = [path for path in files if (path.name == MANIFEST_NAME) is is_manifest]
+                list(pool.map(lambda path: _upload(path, join(uri, path.relative_to(source).as_posix())), group))
     except OSError as error:
         raise ResourceError(f"cannot write {uri}: {error.strerror or error}") from error
 
@@ -226,6 +429,6 @@ def check_writable(uri: str) -> None:
 def _info(uri: str) -> fs.FileInfo:
     filesystem, path = open_filesystem(uri)
     try:
-        return filesystem.get_file_info(path)
+        return _retry(f"cannot reach {uri}", lambda: filesystem.get_file_info(path))
     except OSError as error:
         raise InputError(f"cannot reach {uri}: {error}") from None

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from servers import free_port, s3_server
 
+from benchmarks.faulty_s3 import FAULTS, FaultyS3, faulty_s3
 from nexusgen.errors import InputError, ResourceError
 from pipelines import storage
 from pipelines.shards import ShardReader, list_shards
@@ -129,3 +134,166 @@ def test_a_folder_that_another_process_has_put_in_place_stays(tmp_path: Path) ->
     (tmp_path / "ours" / "more").write_text("")
     with pytest.raises(ResourceError, match="lacks more; remove it"):
         storage.put_in_place(tmp_path / "ours", tmp_path / "new")
+
+
+# ---- a store that fails ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def faulty(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
+    """The same S3 behind a proxy whose share of failing requests a test sets; patience is short, silence longer."""
+    monkeypatch.setattr(storage, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(storage, "REQUEST_ATTEMPTS", 1)  # all that is repeated is repeated by us
+    monkeypatch.setattr(storage, "REQUEST_TIMEOUT_S", 1.0)
+    target_port = int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2])
+    with faulty_s3(FaultyS3(target_port, 0.0, silence_s=5.0)) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+        yield proxy
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_passes_on_s3_is_tried_again(fault: str, bucket: str, faulty: FaultyS3, tmp_path: Path) -> None:
+    folder = storage.join(bucket, f"faulty-{fault.replace(' ', '-')}")
+    uri, parquet, up = (storage.join(folder, name) for name in ("a.bin", "t.parquet", "up"))
+    data = os.urandom(100_000)
+    table = pa.table({"x": list(range(1000))})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "b.bin").write_bytes(data)
+    (tmp_path / "source" / "empty").write_bytes(b"")
+
+    def read_table() -> pa.Table:
+        with storage.open_random(parquet) as file:
+            return pq.read_table(file)
+
+    def delete() -> bool:
+        storage.delete(uri)
+        return storage.exists(uri)
+
+    # What is done, what it gives, and the requests of it that fail.
+    operations: list[tuple[Callable[[], Any], Any, str]] = [
+        (lambda: storage.write_bytes_atomic(uri, data), None, "PUT"),
+        (lambda: storage.write_bytes_atomic(parquet, sink.getvalue()), None, "PUT"),
+        (lambda: storage.upload_folder(tmp_path / "source", up), None, "PUT"),
+        (lambda: storage.read_bytes(uri), data, "HEAD GET"),
+        (read_table, table, "GET"),
+        (lambda: storage.stat(uri).size, len(data), "HEAD"),
+        (lambda: storage.list_files(up), [f"{up}/b.bin", f"{up}/empty"], "GET"),
+        (lambda: (storage.fetch_folder(up, tmp_path / "cache") / "b.bin").read_bytes(), data, "GET"),
+        (delete, False, "DELETE"),
+    ]
+    if fault == "silence":
+        operations = [operations[0], operations[3]]  # each takes seconds
+    for operation, wanted, methods in operations:
+        failing = [(fault, method) for method in methods.split() if method == "GET" or not fault.startswith("cut")]
+        before = faulty.counts[fault]
+        faulty.fail_next(*failing)
+        assert operation() == wanted
+        assert faulty.counts[fault] - before == len(failing)
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+def test_an_upload_in_parts_is_begun_again(method: str, bucket: str, faulty: FaultyS3) -> None:
+    uri = storage.join(bucket, "parts", f"{method}.bin")
+    data = os.urandom(24 << 20)
+    for fault in ("500", "reset after"):  # the second of two POSTs completes the upload: its answer gets lost
+        faulty.fail_next((fault, method))
+        storage.write_bytes_atomic(uri, data)
+        assert storage.read_bytes(uri) == data
+    answers = iter([None, "reset after"])
+    if method == "POST":
+        faulty.fail_next()
+        faulty.draw = lambda of: next(answers, None) if of == "POST" else None  # type: ignore[method-assign]
+        storage.write_bytes_atomic(uri, data[::-1])
+        assert storage.read_bytes(uri) == data[::-1]
+
+
+def test_a_stream_goes_on_where_it_broke_off(bucket: str, faulty: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = storage.join(bucket, "stream.bin")
+    data = os.urandom(1_000_000)
+    storage.write_bytes_atomic(uri, data)
+    monkeypatch.setattr(storage, "READ_BUFFER_BYTES", 64 << 10)
+    faulty.share = 0.5
+    faulty.faults = ("500", "reset", "cut", "cut unannounced")
+    for seed in range(3):
+        faulty.seed(seed)
+        with storage.open_input(uri) as stream:
+            chunks = iter(lambda: stream.read(50_000), b"")
+            assert b"".join(chunks) == data
+    assert faulty.counts["cut"] > 2
+    assert faulty.counts["cut unannounced"] > 2
+
+
+def test_a_read_after_the_end_is_empty_and_places_count_from_anywhere(bucket: str) -> None:
+    uri = storage.join(bucket, "places.bin")
+    storage.write_bytes_atomic(uri, bytes(range(100)))
+    with storage.open_random(uri) as file:
+        assert file.size() == 100
+        file.seek(-10, 2)
+        assert file.read(5) == bytes(range(90, 95))
+        assert file.read() == bytes(range(95, 100))
+        assert file.read(1) == b""
+
+
+def test_an_outage_ends_with_its_account(bucket: str, faulty: FaultyS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = storage.join(bucket, "outage.bin")
+    storage.write_bytes_atomic(uri, b"data")
+    monkeypatch.setattr(storage, "MAX_ATTEMPTS", 3)
+    faulty.share, faulty.faults = 1.0, ("503",)
+    calls: list[tuple[str, Callable[[], Any]]] = [
+        ("read", lambda: storage.read_bytes(uri)),
+        ("read", lambda: storage.open_random(uri)),
+        ("write", lambda: storage.write_bytes_atomic(uri, b"new")),
+        ("list", lambda: storage.list_files(uri)),
+        ("delete", lambda: storage.delete(uri)),
+        ("reach", lambda: storage.exists(uri)),
+    ]
+    for what, call in calls:
+        before = faulty.num_faults
+        with pytest.raises(
+            ResourceError, match=rf"cannot {what} {uri}: .*503|SLOW_DOWN.*after 3 attempts in \d+\.\d s"
+        ):
+            call()
+        assert faulty.num_faults - before == 3
+    # A shard isn't taken for damaged where the store fails.
+    with pytest.raises(ResourceError, match="after 3 attempts"):
+        list(ShardReader(uri))
+    monkeypatch.setattr(storage, "MAX_ATTEMPTS", 1000)
+    monkeypatch.setattr(storage, "RETRY_BUDGET_S", 0.2)
+    with pytest.raises(ResourceError, match=r"gave up after \d+ attempts in 0\.\d s"):
+        storage.read_bytes(uri)
+    faulty.share = 0.0
+    assert storage.read_bytes(uri) == b"data"
+
+
+def test_what_does_not_pass_is_not_tried_again(bucket: str, faulty: FaultyS3) -> None:
+    with pytest.raises(InputError, match="none"):
+        storage.read_bytes(storage.join(bucket, "none"))
+    with pytest.raises(ResourceError, match="NO_SUCH_BUCKET"):
+        storage.write_bytes_atomic("s3://no-such-bucket/x", b"")
+    assert faulty.counts["HEAD"] + faulty.counts["PUT"] <= 3
+    for uri in ("s3://", "s3://key:secret@bucket/x"):
+        with pytest.raises(InputError, match="no bucket is named, or credentials"):
+            storage.exists(uri)
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        uri = f"{disk}/rows/a.bin"
+        storage.write_bytes_atomic(uri, b"old")
+        source = tmp_path / "source"
+        source.mkdir()
+        (source / "w").write_bytes(bytes(2 << 20))
+        with pytest.raises(ResourceError, match=f"cannot write {uri}: No space left on device"):
+            storage.write_bytes_atomic(uri, bytes(2 << 20))
+        with pytest.raises(ResourceError, match=r"cannot write .*No space left on device"):
+            storage.upload_folder(source, f"{disk}/model")
+        assert [path.name for path in disk.rglob("*") if path.is_file()] == ["a.bin"]
+        assert storage.read_bytes(uri) == b"old"
+    finally:
+        subprocess.run(["umount", disk], check=True)
