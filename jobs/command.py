@@ -13,18 +13,20 @@ import logging
 import math
 import os
 import sys
+import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar
 
-from nexusgen.errors import InputError, NexusgenError, UsageError
+from nexusgen.errors import InputError, NexusgenError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from nexusgen.config import Config
+    from nexusgen.model.weights import Model
     from pipelines.runtime import JobReport
 
     ConfigT = TypeVar("ConfigT", bound=Config)
@@ -149,7 +151,7 @@ def read_config(cls: type[ConfigT], arguments: argparse.Namespace) -> ConfigT:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which model a command uses, and how it samples."""
+    """Which model a command uses, and how it is held."""
     parser.add_argument(
         "--model",
         metavar="MODEL",
@@ -159,12 +161,26 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--storage", metavar="URI", default=DEFAULT_STORAGE, help="where registered models are (default: %(default)s)"
     )
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of weights (default: bf16 on cuda, fp32 on the cpu)")
+    add_json_argument(parser)
+
+
+def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
+    """-o OUT.png, how a picture is sampled, and how the model that draws it is held: see `draw_picture`."""
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="OUT.png", help="where the picture goes")
     parser.add_argument("--seed", type=_seed, default=0, help="of the picture's noise (default: %(default)s)")
     parser.add_argument("--steps", type=_positive, help="denoising steps (default: the model's own)")
     parser.add_argument(
         "--size", type=_size, metavar="HEIGHTxWIDTH", help="of the picture in pixels (default: the model's own)"
     )
-    add_json_argument(parser)
+    parser.add_argument(
+        "--offload", action="store_true", help="hold one half of the model at a time: language model, or what draws"
+    )
+    parser.add_argument("--quantise", choices=("fp8",), help="a byte for each number in the decoder's blocks")
+    parser.add_argument(
+        "--numerics", choices=("reference", "exact"), help="how a decoder in bf16 rounds (default: the model's own)"
+    )
 
 
 def find_model(arguments: argparse.Namespace) -> Path:
@@ -181,6 +197,79 @@ def find_model(arguments: argparse.Namespace) -> Path:
                 "missing); run `nexusgen demo` first, name its folder with --storage, or give a model folder"
             )
     return registry.resolve_model(arguments.model, arguments.storage)
+
+
+def open_model(arguments: argparse.Namespace, folder: Path, parts: Sequence[str]) -> Model:
+    """Load a model's parts as the options say, after its memory plan has been printed on standard error.
+
+    Raises: ModelError; UsageError for a device that isn't one; ResourceError if it isn't there or lacks memory.
+    """
+    import torch
+
+    from nexusgen.memory import plan_memory
+    from nexusgen.model.weights import load_model
+
+    torch.set_num_threads(1)  # as in a replica of `serve`; sums in another order would change last bits
+    report_progress(f"{arguments.command}: model {folder}")
+    device = _find_device(arguments.device)
+    is_cuda = device.startswith("cuda")
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    dtype = names[arguments.dtype or ("bf16" if is_cuda else "fp32")]
+    offload, quantise = getattr(arguments, "offload", False), getattr(arguments, "quantise", None)
+    size, numerics = getattr(arguments, "size", None), getattr(arguments, "numerics", None)
+    plan = plan_memory(folder, parts, dtype, device, offload=offload, quantise=quantise, size=size)
+    report_progress(format_table(("memory", "GB"), plan.rows()))
+    plan.check()
+    return load_model(folder, parts, dtype, device, offload=offload, quantise=quantise, numerics=numerics)
+
+
+def _find_device(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: wanted cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ResourceError(f"--device {name}: torch finds {torch.cuda.device_count()} GPUs here; use --device cpu")
+    return name
+
+
+def draw_picture(
+    arguments: argparse.Namespace,
+    folder: Path,
+    parts: Sequence[str],
+    draw: Callable[[Model], Image.Image],
+    told: Mapping[str, Any] | None = None,
+) -> Outcome:
+    """Open a model, draw with it and write the picture to --out; `told` is more for --json. Raises: as `open_model`."""
+    model = open_model(arguments, folder, parts)
+    started = time.monotonic()
+    picture = draw(model)
+    seconds = time.monotonic() - started
+    steps = arguments.steps or model.manifest.num_inference_steps
+    made: dict[str, str | int | None] = {
+        "fingerprint": model.manifest.fingerprint,
+        "seed": arguments.seed,
+        "steps": steps,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantise": model.quantise,
+        "numerics": model.numerics,
+    }
+    write_picture(picture, arguments.out, made)
+    data = {
+        "out": str(arguments.out),
+        **made,
+        **(told or {}),
+        "size": [picture.height, picture.width],
+        "model": str(folder),
+        "seconds": seconds,
+    }
+    return Outcome(f"{arguments.out}: {picture.height}x{picture.width} pixels in {seconds:.1f} s", data)
 
 
 def report_outcome(report: JobReport) -> Outcome:

@@ -5,36 +5,40 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from jobs.command import Outcome, add_model_arguments, find_model, main_of, read_picture
+from jobs.command import Outcome, add_model_arguments, find_model, main_of, open_model, read_picture
 
 NAME = "describe"
 HELP = "Describe a picture, or answer a question about it."
 DEFAULT_QUESTION = "Describe the picture."
+MAX_NEW_TOKENS = 128
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """IMAGE [-q TEXT] and the options of models; answers are greedy, so that seed, steps and size change nothing."""
+    """IMAGE [-q TEXT] and the options of models; answers are greedy."""
     parser.add_argument("image", type=Path, metavar="IMAGE", help="a picture's file")
     parser.add_argument("-q", "--question", default=DEFAULT_QUESTION, metavar="TEXT", help="(default: %(default)s)")
     add_model_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> Outcome:
-    """Ask the model."""
+    """Ask the model; without --json its answer is printed as it comes."""
     image = read_picture(arguments.image)
     folder = find_model(arguments)
-    import torch
+    from nexusgen.replies import SamplingParams
+    from nexusgen.sampling import question_messages, respond
 
-    from nexusgen.model.weights import load_model
-    from nexusgen.sampling import describe
-
-    torch.set_num_threads(1)
-    print(f"describe: model {folder}", file=sys.stderr, flush=True)
-    model = load_model(folder, ["autoregressive"])
+    model = open_model(arguments, folder, ["autoregressive"])
     started = time.monotonic()
-    answer = describe(model, [image], [arguments.question])[0]
+    params = SamplingParams(max_new_tokens=MAX_NEW_TOKENS)
+    pieces = respond(model, question_messages(arguments.question), [image], params)
+    answer = ""
+    for text in _stripped(piece.text for piece in pieces):
+        answer += text
+        if not arguments.json:
+            print(text, end="", flush=True)
     result = {
         "answer": answer,
         "question": arguments.question,
@@ -42,7 +46,21 @@ def run(arguments: argparse.Namespace) -> Outcome:
         "fingerprint": model.manifest.fingerprint,
         "seconds": time.monotonic() - started,
     }
-    return Outcome(answer, result)
+    if not arguments.json:
+        print()
+    return Outcome("", result)
+
+
+def _stripped(texts: Iterator[str]) -> Iterator[str]:
+    """The texts joined, without space at both ends, as soon as that is certain."""
+    held, has_begun = "", False
+    for text in texts:
+        held += text
+        certain = held.rstrip()
+        if certain:
+            yield certain if has_begun else certain.lstrip()
+            has_begun = True
+            held = held[len(certain) :]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""Inference: texts to embeddings to pictures, pictures to texts; replies themselves are written by `replies`."""
+"""Inference: texts to embeddings to pictures, pictures to texts; replies themselves are written by `replies`.
+
+Each function calls for the half of the model that it needs (`Model.use`), so that all of them work on an offloaded one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -18,14 +21,16 @@ from nexusgen.model.autoencoder import decode_latents, latent_shape
 from nexusgen.model.autoregressive import AutoregressiveModel
 from nexusgen.model.decoder import ConditionerKind
 from nexusgen.model.weights import Model
-from nexusgen.prompts import encode_prompt
+from nexusgen.prompts import TokenGrid, encode_prompt
 from nexusgen.replies import (
     MAX_TEXT_BEFORE_IMAGE,
     ImageMode,
+    Piece,
     Prompt,
     SamplingParams,
     decode_text,
     generate_replies,
+    stream_replies,
 )
 from nexusgen.schema import IMAGE_MARK, Message
 
@@ -37,15 +42,11 @@ def predict_embeddings(
 
     Raises: ModelError if the folder has no autoregressive part; InputError for an empty or over-long prompt.
     """
-    autoregressive, tokenizer = _autoregressive_part(model)
-    requests = []
-    nothing = torch.zeros(0, autoregressive.hidden_size)
     for prompt in prompts:
         if not prompt.strip():
             raise InputError("the prompt is empty; say what to draw")
-        message = Message("user", prompt.replace(IMAGE_MARK, " "))
-        requests.append(Prompt(encode_prompt(tokenizer, [message], []), nothing))
-    return _predict(autoregressive, requests, image_mode)
+    requests = _read(model, [[Message("user", prompt.replace(IMAGE_MARK, " "))] for prompt in prompts], [])
+    return _predict(model, requests, image_mode)
 
 
 def predict_edits(
@@ -58,13 +59,13 @@ def predict_edits(
     for instruction in instructions:
         if not instruction.strip():
             raise InputError("the instruction is empty; say what to change")
+    contents = [f"{IMAGE_MARK} {instruction.replace(IMAGE_MARK, ' ')}" for instruction in instructions]
+    requests = _read(model, [[Message("user", content)] for content in contents], images)
+    return _predict(model, requests, ImageMode.ONE_PASS)
+
+
+def _predict(model: Model, requests: Sequence[Prompt], image_mode: ImageMode) -> Float[Tensor, "prompts tokens hidden"]:
     autoregressive, _ = _autoregressive_part(model)
-    return _predict(autoregressive, _show(model, images, instructions, separator=" "), ImageMode.ONE_PASS)
-
-
-def _predict(
-    autoregressive: AutoregressiveModel, requests: Sequence[Prompt], image_mode: ImageMode
-) -> Float[Tensor, "prompts tokens hidden"]:
     # Nothing is wanted after the image; a model that has not learned to stop would write on to the limit.
     room = MAX_TEXT_BEFORE_IMAGE + 1 + autoregressive.geometry.num_target_tokens
     sampling = [SamplingParams(max_new_tokens=room, needs_image=True)] * len(requests)
@@ -81,20 +82,37 @@ def _predict(
 
 
 @torch.no_grad()
-def _show(model: Model, images: Sequence[Image.Image], texts: Sequence[str], separator: str) -> list[Prompt]:
-    """One message about each image: the image at its own aspect, then the text."""
+def _read(model: Model, conversations: Sequence[Sequence[Message]], images: Sequence[Image.Image]) -> list[Prompt]:
+    """Conversations as prompts; `images` are those that their users give, in order. Raises: InputError, ModelError."""
     autoregressive, tokenizer = _autoregressive_part(model)
     geometry = model.manifest.geometry
-    device = autoregressive.vision_head.weight.device
-    pixels, grids = to_patches([input_image(image, geometry) for image in images], geometry)
-    embeddings = autoregressive.encode_images(pixels.to(device), grids.to(device))
+    num_given = [
+        sum(message.content.count(IMAGE_MARK) for message in messages if message.role != "assistant")
+        for messages in conversations
+    ]
+    if sum(num_given) != len(images):
+        raise InputError(
+            f"the user says {sum(num_given)} {IMAGE_MARK} marks and gives {len(images)} images: mark each image once"
+        )
+    encoded: list[tuple[TokenGrid, Tensor]] = []
+    if images:
+        pixels, grids = to_patches([input_image(image, geometry) for image in images], geometry)
+        device = autoregressive.vision_head.weight.device
+        embeddings = autoregressive.encode_images(pixels.to(device), grids.to(device))
+        merged = [(height // geometry.merge_size, width // geometry.merge_size) for _, height, width in grids.tolist()]
+        encoded = list(zip(merged, embeddings.split([height * width for height, width in merged]), strict=True))
     prompts = []
-    for text, (_, height, width) in zip(texts, grids.tolist(), strict=True):
-        grid = (height // geometry.merge_size, width // geometry.merge_size)
-        message = Message("user", f"{IMAGE_MARK}{separator}{text.replace(IMAGE_MARK, ' ')}")
-        count = grid[0] * grid[1]
-        prompts.append(Prompt(encode_prompt(tokenizer, [message], [grid]), embeddings[:count]))
-        embeddings = embeddings[count:]
+    for messages, count in zip(conversations, num_given, strict=True):
+        given, encoded = encoded[:count], encoded[count:]
+        of_user = iter([grid for grid, _ in given])
+        grids_in_order = [
+            geometry.target_grid if message.role == "assistant" else next(of_user)
+            for message in messages
+            for _ in range(message.content.count(IMAGE_MARK))
+        ]
+        nothing = torch.zeros(0, autoregressive.hidden_size)
+        of_images = torch.cat([tokens for _, tokens in given]) if given else nothing
+        prompts.append(Prompt(encode_prompt(tokenizer, messages, grids_in_order), of_images))
     return prompts
 
 
@@ -116,6 +134,7 @@ def decode_embeddings(
     Raises: ModelError if the folder has no such decoder; InputError for a size that isn't a multiple of 16, or beyond
     `defaults.MAX_OUTPUT_PIXELS`.
     """
+    model.use("drawing")
     part = model.generation_decoder if decoder == "generation" else model.editing_decoder
     if part is None or model.autoencoder is None or model.scheduler is None:
         raise ModelError(f"{model.folder} has no {decoder} decoder; it holds {', '.join(model.manifest.parts)}")
@@ -171,14 +190,18 @@ def edit_images(
     alone, so that what they don't hold is made anew.
     """
     predicted = predict_edits(model, images, instructions)
-    reference = None
-    if decoder == "editing":
-        autoregressive, _ = _autoregressive_part(model)
-        geometry = model.manifest.geometry
-        pixels, grids = to_patches([reference_image(image, geometry, training=False) for image in images], geometry)
-        encoded = autoregressive.encode_images(pixels.to(predicted.device), grids.to(predicted.device))
-        reference = encoded.unflatten(0, (len(images), -1))
+    reference = encode_references(model, images) if decoder == "editing" else None
     return decode_embeddings(model, predicted, seeds, steps, size, decoder=decoder, reference=reference)
+
+
+@torch.no_grad()
+def encode_references(model: Model, images: Sequence[Image.Image]) -> Float[Tensor, "images tokens hidden"]:
+    """The embeddings of images at reference size: what an editing decoder keeps to. Raises: ModelError."""
+    autoregressive, _ = _autoregressive_part(model)
+    geometry = model.manifest.geometry
+    device = autoregressive.vision_head.weight.device
+    pixels, grids = to_patches([reference_image(image, geometry, training=False) for image in images], geometry)
+    return autoregressive.encode_images(pixels.to(device), grids.to(device)).unflatten(0, (len(images), -1))
 
 
 def describe(
@@ -186,12 +209,36 @@ def describe(
 ) -> list[str]:
     """Answers to questions, one about each image. Raises: as `predict_embeddings`."""
     autoregressive, tokenizer = _autoregressive_part(model)
-    prompts = _show(model, images, questions, separator="\n")
+    prompts = _read(model, [question_messages(question) for question in questions], images)
     replies = generate_replies(autoregressive, prompts, max_new_tokens=max_new_tokens)
     return [decode_text(tokenizer, reply.token_ids).strip() for reply in replies]
 
 
+def respond(
+    model: Model, messages: Sequence[Message], images: Sequence[Image.Image] = (), params: SamplingParams | None = None
+) -> Iterator[Piece]:
+    """The assistant's reply to a whole conversation, piece by piece: text, embeddings of images, and last the reply.
+
+    `images` are those that the user gives, one for each `<image>` in the user's messages, in order. An `<image>` in an
+    answer of the assistant is one that it predicted: it stays query embeddings, as it was then. `decode_embeddings`
+    draws the image of a piece; of an offloaded model, do so when the reply is finished. Greedy without `params`.
+    Raises: InputError if the last message isn't the user's, or marks and images don't match; as `generate_replies`.
+    """
+    if not messages or messages[-1].role != "user" or not messages[-1].content.strip():
+        raise InputError("the conversation must end in a message of the user that says something")
+    sampling = params if params is not None else SamplingParams()
+    prompts = _read(model, [messages], images)
+    autoregressive, tokenizer = _autoregressive_part(model)
+    return stream_replies(autoregressive, prompts, [sampling], tokenizer)
+
+
+def question_messages(question: str) -> tuple[Message, ...]:
+    """A conversation that asks about one image."""
+    return (Message("user", f"{IMAGE_MARK}\n{question.replace(IMAGE_MARK, ' ')}"),)
+
+
 def _autoregressive_part(model: Model) -> tuple[AutoregressiveModel, PreTrainedTokenizerBase]:
+    model.use("autoregressive")
     if model.autoregressive is None or model.tokenizer is None:
         raise ModelError(f"{model.folder} has no autoregressive part; it holds {', '.join(model.manifest.parts)}")
     return model.autoregressive, model.tokenizer

@@ -6,12 +6,14 @@ Folder layout: `conditioner.json` (DecoderConfig), `conditioner.safetensors`, `t
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from diffusers import FluxTransformer2DModel
+from diffusers.hooks import apply_layerwise_casting
 from diffusers.models.embeddings import CombinedTimestepGuidanceTextProjEmbeddings
 from huggingface_hub import save_torch_state_dict
 from jaxtyping import Float, Shaped
@@ -30,6 +32,11 @@ ConditionerKind = Literal["generation", "editing"]
 # How a decoder in bf16 treats numbers that aren't weights. `reference`: guidance, rope ids of the context and the
 # frequencies of the merger are rounded to bf16, as when the released weights were trained and run. `exact`: in fp32.
 Numerics = Literal["reference", "exact"]
+# How the linear layers of the transformer's blocks are stored: a byte for each number, brought to the decoder's dtype
+# while a layer computes. Everything else keeps the dtype.
+Quantisation = Literal["fp8"]
+QUANTISED_DTYPES: Mapping[Quantisation, torch.dtype] = {"fp8": torch.float8_e4m3fn}
+_QUANTISED = re.compile(r"^transformer\.(single_)?transformer_blocks\.\d+\.(?!attn\.norm_)")
 
 _TOKENS_PER_SIDE = defaults.TARGET_SIZE // (defaults.PATCH_SIZE * defaults.MERGE_SIZE)
 _SINUSOID_SIZE = 256  # FLUX.1 [dev], fixed in diffusers' class
@@ -353,8 +360,12 @@ def load_decoder(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     numerics: Numerics = "reference",
+    quantise: Quantisation | None = None,
 ) -> VisionDecoder:
-    """Load a decoder's folder for inference. Raises: ModelError if it isn't one or its tensors don't fit exactly."""
+    """Load a decoder's folder for inference; with `quantise`, most of its transformer takes a byte for each number.
+
+    Raises: ModelError if it isn't a decoder's folder or its tensors don't fit exactly.
+    """
     config = read_decoder_config(folder)
     try:
         sizes = FluxTransformer2DModel.load_config(folder / "transformer", local_files_only=True)
@@ -364,8 +375,22 @@ def load_decoder(
         decoder = VisionDecoder(config, FluxTransformer2DModel.from_config(sizes), numerics)
     state = {f"conditioner.{name}": tensor for name, tensor in iterate_file(folder / "conditioner.safetensors")}
     state |= {f"transformer.{name}": t for name, t in iterate_tensors(folder / "transformer", TRANSFORMER_STEM)}
-    load_strictly(decoder, {name: tensor.to(device, dtype) for name, tensor in state.items()}, str(folder))
+    small = QUANTISED_DTYPES[quantise] if quantise is not None else dtype
+    placed = {
+        # By way of the dtype that it computes in, so that it doesn't matter which one the file has.
+        name: tensor.to(device, dtype).to(small if is_quantised(name) else dtype)
+        for name, tensor in state.items()
+    }
+    load_strictly(decoder, placed, str(folder))
+    if quantise is not None:
+        for blocks in (decoder.transformer.transformer_blocks, decoder.transformer.single_transformer_blocks):
+            apply_layerwise_casting(blocks, small, dtype, skip_modules_pattern=(r"\.norm_",))
     return decoder.eval()
+
+
+def is_quantised(name: str) -> bool:
+    """Whether quantisation makes a tensor of `VisionDecoder` small: those of linear layers in blocks."""
+    return _QUANTISED.match(name) is not None
 
 
 def read_decoder_config(folder: Path) -> DecoderConfig:

@@ -6,6 +6,7 @@ this folder; `nexusgen.json` (the `Manifest`) says which parts are present, thei
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import re
@@ -14,7 +15,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -30,7 +31,7 @@ from nexusgen.errors import ModelError
 from nexusgen.images import Geometry, image_processor
 from nexusgen.model.autoencoder import ImageAutoencoder, load_autoencoder
 from nexusgen.model.autoregressive import AutoregressiveModel
-from nexusgen.model.decoder import Numerics, VisionDecoder, load_decoder, save_decoder
+from nexusgen.model.decoder import Numerics, Quantisation, VisionDecoder, load_decoder, save_decoder
 from nexusgen.model.tensors import iterate_file, iterate_tensors, load_strictly, save_tensors
 from nexusgen.prompts import load_tokenizer
 from nexusgen.schema import MANIFEST_NAME
@@ -38,6 +39,8 @@ from nexusgen.schema import MANIFEST_NAME
 PARTS = ("autoregressive", "generation_decoder", "editing_decoder", "vae")
 DRAWING_PARTS = ("autoregressive", "generation_decoder", "vae")  # what a picture of a text needs
 DECODER_FOLDERS = {"generation_decoder": "decoders/generation", "editing_decoder": "decoders/editing"}
+Half = Literal["autoregressive", "drawing"]
+HALVES: Mapping[Half, tuple[str, ...]] = {"autoregressive": ("autoregressive",), "drawing": (*DECODER_FOLDERS, "vae")}
 # Files beside the weights that change an answer.
 _SMALL_FILES = (
     "autoregressive/config.json",
@@ -83,10 +86,20 @@ class Manifest(Config):
 
 @dataclass
 class Model:
-    """A loaded model folder; parts that are absent, or weren't asked for, are None."""
+    """A loaded model folder; parts that are absent, or weren't asked for, are None.
+
+    An offloaded model holds one half at a time, the language model or what draws: `use` names the one that is needed,
+    and the parts of the other are None until it is used.
+    """
 
     folder: Path
     manifest: Manifest
+    parts: tuple[str, ...] = ()  # that were asked for
+    dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu"
+    numerics: Numerics = "reference"
+    quantise: Quantisation | None = None
+    is_offloaded: bool = False
     tokenizer: PreTrainedTokenizerBase | None = None
     autoregressive: AutoregressiveModel | None = None
     generation_decoder: VisionDecoder | None = None
@@ -95,6 +108,35 @@ class Model:
     scheduler: FlowMatchEulerDiscreteScheduler | None = None
     pooled_prompt: Shaped[Tensor, "1 pooled"] | None = None  # CLIP of the empty prompt, a constant of the model
     negative_context: Shaped[Tensor, "1 tokens context"] | None = None  # T5 of the empty prompt, for two-pass guidance
+    _half: Half | None = None  # that an offloaded model holds
+
+    def use(self, half: Half) -> None:
+        """Have a half in the device's memory. Of an offloaded model the other one leaves it first.
+
+        What leaves rests in its files, which the system keeps in main memory while there is room; it is loaded anew,
+        so the caller mustn't keep references to the other half's parts. Raises: ModelError as `load_model`.
+        """
+        if not self.is_offloaded or self._half == half:
+            return
+        self.autoregressive = self.generation_decoder = self.editing_decoder = self.autoencoder = None
+        self._half = None
+        gc.collect()  # modules refer to each other in circles
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.empty_cache()
+        self._load(HALVES[half])
+        self._half = half
+
+    def _load(self, parts: Iterable[str]) -> None:
+        """Load those of some parts that were asked for."""
+        for part in (part for part in parts if part in self.parts):
+            if part == "autoregressive":
+                folder = self.folder / "autoregressive"
+                self.autoregressive = load_autoregressive(folder, self.manifest.geometry, self.dtype, self.device)
+            elif part == "vae":
+                self.autoencoder = load_autoencoder(self.folder / "vae", self.dtype, self.device)
+            else:
+                folder = self.folder / DECODER_FOLDERS[part]
+                setattr(self, part, load_decoder(folder, self.dtype, self.device, self.numerics, self.quantise))
 
 
 def module_key(released: str) -> str:
@@ -136,28 +178,32 @@ def load_model(
     parts: Iterable[str] | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    *,
+    offload: bool = False,
+    quantise: Quantisation | None = None,
+    numerics: Numerics | None = None,
 ) -> Model:
     """Load a model folder, or some of its parts, for inference.
 
+    With `offload` nothing large is loaded yet: `Model.use` does it, one half at a time. `quantise` makes the decoders'
+    transformers small; `numerics` replaces the manifest's.
     Raises: ModelError if the folder isn't a model, lacks a part asked for, or tensors are missing or left over.
     """
     manifest = read_manifest(folder)
     wanted = tuple(parts) if parts is not None else manifest.parts
-    absent = [part for part in wanted if part not in manifest.parts]
-    if absent:
-        raise ModelError(f"{folder} has no part {', '.join(absent)}; it holds {', '.join(manifest.parts) or 'nothing'}")
-    model = Model(folder, manifest)
+    check_parts(folder, manifest, wanted)
+    model = Model(
+        folder,
+        manifest,
+        wanted,
+        dtype,
+        device,
+        numerics if numerics is not None else manifest.numerics,
+        quantise,
+        offload,
+    )
     if "autoregressive" in wanted:
         model.tokenizer = load_tokenizer(folder / "autoregressive")
-        model.autoregressive = load_autoregressive(folder / "autoregressive", manifest.geometry, dtype, device)
-    if "generation_decoder" in wanted:
-        model.generation_decoder = load_decoder(
-            folder / DECODER_FOLDERS["generation_decoder"], dtype, device, manifest.numerics
-        )
-    if "editing_decoder" in wanted:
-        model.editing_decoder = load_decoder(
-            folder / DECODER_FOLDERS["editing_decoder"], dtype, device, manifest.numerics
-        )
     if set(wanted) & set(DECODER_FOLDERS):
         if not (folder / "prompt_constants.safetensors").is_file():
             raise ModelError(
@@ -168,9 +214,16 @@ def load_model(
         model.pooled_prompt = constants["pooled_prompt"].to(dtype)
         model.negative_context = constants["negative_context"].to(dtype)
         model.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
-    if "vae" in wanted:
-        model.autoencoder = load_autoencoder(folder / "vae", dtype, device)
+    if not offload:
+        model._load(wanted)
     return model
+
+
+def check_parts(folder: Path, manifest: Manifest, wanted: Iterable[str]) -> None:
+    """Raises: ModelError naming the parts that a model folder lacks."""
+    absent = [part for part in wanted if part not in manifest.parts]
+    if absent:
+        raise ModelError(f"{folder} has no part {', '.join(absent)}; it holds {', '.join(manifest.parts) or 'nothing'}")
 
 
 def load_autoregressive(

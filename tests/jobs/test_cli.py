@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from tiny_training import make_tiny_model
@@ -270,6 +273,85 @@ def test_describe_answers(nexusgen: Run, model: Path, tmp_path: Path) -> None:
     assert isinstance(data["answer"], str)
 
 
+def test_describe_prints_its_answer_as_it_comes(nexusgen: Run, tmp_path: Path) -> None:
+    Image.new("RGB", (96, 96), "white").save(tmp_path / "x.png")
+    asked = ("describe", tmp_path / "x.png", "-q", "What colour is the background?", "--model", "demo-base")
+    answer = json.loads(nexusgen(*asked, "--json")[1])["answer"]
+    code, out, _ = nexusgen(*asked)
+    assert (code, out) == (0, answer + "\n")
+    assert answer == answer.strip() != ""
+
+
+@pytest.mark.parametrize(
+    ("options", "is_same"),
+    [
+        (["--offload"], True),
+        (["--device", "cpu", "--dtype", "fp32"], True),
+        (["--dtype", "bf16"], False),
+        (["--quantise", "fp8"], False),
+        (["--numerics", "reference", "--dtype", "bf16"], False),
+        (["--numerics", "exact", "--dtype", "bf16"], False),
+    ],
+)
+def test_how_a_model_is_held(nexusgen: Run, tmp_path: Path, options: list[str], is_same: bool) -> None:
+    pictures = []
+    for number, chosen in enumerate([[], options]):
+        out = tmp_path / f"{number}.png"
+        code, text, _ = nexusgen(
+            "generate", "a star", "-o", out, "--model", "demo-base", "--steps", 2, *chosen, "--json"
+        )
+        assert code == 0
+        pictures.append(np.asarray(Image.open(out)))
+    assert np.array_equal(*pictures) == is_same
+    found = json.loads(text)
+    assert found["dtype"] == ("bfloat16" if "bf16" in options else "float32")
+    assert found["quantise"] == ("fp8" if "fp8" in options else None)
+    assert found["numerics"] == ("exact" if "exact" in options else "reference")
+
+
+def test_numerics_and_dtype_of_answers(nexusgen: Run, tmp_path: Path) -> None:
+    pictures = []
+    for numerics in ("reference", "exact"):
+        out = tmp_path / f"{numerics}.png"
+        options = ("--dtype", "bf16", "--numerics", numerics, "--steps", 2)
+        assert nexusgen("generate", "a star", "-o", out, "--model", "demo-base", *options)[0] == 0
+        pictures.append(np.asarray(Image.open(out)))
+    assert not np.array_equal(*pictures)
+    _, _, err = nexusgen("describe", out, "--model", "demo-base")
+    _, _, err_bf16 = nexusgen("describe", out, "--model", "demo-base", "--dtype", "bf16")
+    assert weights_of(err) == pytest.approx(2 * weights_of(err_bf16), abs=0.0015)
+
+
+def weights_of(err: str) -> float:
+    return float(next(line for line in err.splitlines() if line.startswith("autoregressive ")).split()[1])
+
+
+def test_a_device_that_is_not_there(nexusgen: Run, model: Path, tmp_path: Path) -> None:
+    arguments = ("generate", "a star", "-o", tmp_path / "x.png", "--model", model, "--device")
+    assert "wanted cpu, cuda or cuda:N" in refused(nexusgen(*arguments, "toaster"))
+    assert refused(nexusgen(*arguments, "toaster")).startswith("2 ")
+    line = refused(nexusgen(*arguments, "cuda:99"))
+    assert line.startswith("1 ")
+    assert "--device cpu" in line
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(nexusgen: Run, model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    num_bytes = 2 * psutil.virtual_memory().total // 4 * 4
+    tensors = {"huge": {"dtype": "F32", "shape": [num_bytes // 4], "data_offsets": [0, num_bytes]}}
+    header = json.dumps(tensors).encode()
+    with (folder / "decoders" / "generation" / "conditioner.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + num_bytes)  # a hole, which takes no room on disk
+    line = refused(nexusgen("generate", "a star", "-o", tmp_path / "x.png", "--model", folder))
+    found = re.match(r"1 the model needs ([\d.]+) GB on cpu in fp32, which has ([\d.]+) GB free", line)
+    assert found is not None, line
+    assert num_bytes / 1e9 <= float(found[1]) < num_bytes / 1e9 + 0.1
+    assert float(found[1]) > float(found[2])
+    assert "--dtype bf16" in line
+    assert not (tmp_path / "x.png").exists()
+
+
 def test_describe_needs_a_picture(nexusgen: Run, model: Path, tmp_path: Path) -> None:
     (tmp_path / "x.png").write_text("no picture")
     assert "image_undecodable" in refused(nexusgen("describe", tmp_path / "x.png", "--model", model))
@@ -284,7 +366,19 @@ def test_a_picture_needs_no_ray(model: Path, tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == f"generate: model {model}\n"  # and no library says anything
+    told = done.stderr.splitlines()  # and no library says anything
+    assert told[0] == f"generate: model {model}"
+    assert told[1].split() == ["memory", "GB"]
+    assert [line.split("  ")[0] for line in told[3:]] == [
+        "autoregressive",
+        "generation_decoder",
+        "vae",
+        "computing, autoregressive (estimate)",
+        "computing, drawing (estimate)",
+        "peak, whole",
+        "peak, --offload",
+        "free on cpu",
+    ]
 
 
 # --- the other commands -----------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from nexusgen.model.decoder import (
     DecoderConfig,
     VisionDecoder,
     initialise_for_training,
+    is_quantised,
     load_decoder,
     pack_latents,
     released_decoder_config,
@@ -238,6 +239,28 @@ def test_a_folder_that_does_not_fit_is_refused_by_name(decoder: VisionDecoder, t
         load_decoder(tmp_path)
     with pytest.raises(ModelError, match=r"conditioner\.json"):
         load_decoder(tmp_path / "nowhere")
+
+
+def test_quantisation_stores_the_blocks_linear_layers_in_a_byte(decoder: VisionDecoder, tmp_path: Path) -> None:
+    save_decoder(decoder, tmp_path, torch.float32)
+    small = load_decoder(tmp_path, torch.bfloat16, quantise="fp8")
+    linears = [
+        f"transformer.{name}.{kind}"
+        for name, module in small.transformer.named_modules()
+        if "blocks" in name and isinstance(module, torch.nn.Linear)
+        for kind, _ in module.named_parameters()
+    ]
+
+    def stored() -> set[str]:
+        return {name for name, tensor in small.state_dict().items() if tensor.dtype == torch.float8_e4m3fn}
+
+    assert stored() == set(linears) == {name for name in small.state_dict() if is_quantised(name)}
+    assert {tensor.dtype for name, tensor in small.state_dict().items() if name not in linears} == {torch.bfloat16}
+    with torch.no_grad():
+        plain, quantised = load_decoder(tmp_path, torch.bfloat16)(**inputs()), small(**inputs())
+    assert quantised.dtype == torch.bfloat16
+    assert 0 < (plain - quantised).abs().max() < 0.1 * plain.abs().max()
+    assert stored() == set(linears)  # and are small again after they have computed
 
 
 def test_released_names_go_both_ways_bit_for_bit(decoder: VisionDecoder, tmp_path: Path) -> None:

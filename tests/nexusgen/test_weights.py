@@ -1,4 +1,5 @@
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,37 @@ def test_folders_that_are_no_models_are_refused(tmp_path):
 def test_an_absent_part_is_named():
     with pytest.raises(ModelError, match="editing_decoder"):
         load_model(Path(demo_base()), ["editing_decoder"])
+
+
+def test_an_offloaded_model_holds_one_half_at_a_time():
+    model = load_model(demo_base(), dtype=torch.bfloat16, offload=True, quantise="fp8", numerics="exact")
+    assert (model.autoregressive, model.generation_decoder, model.autoencoder) == (None, None, None)
+    assert model.tokenizer is not None
+    assert model.negative_context is not None
+    model.use("autoregressive")
+    gone = weakref.ref(model.autoregressive)
+    model.use("autoregressive")
+    assert gone() is model.autoregressive  # not loaded again
+    model.use("drawing")
+    assert gone() is None
+    assert model.autoregressive is None
+    assert model.autoencoder.dtype == torch.bfloat16
+    assert model.generation_decoder.numerics == "exact"
+    assert torch.float8_e4m3fn in {tensor.dtype for tensor in model.generation_decoder.state_dict().values()}
+    gone = weakref.ref(model.generation_decoder.transformer)
+    model.use("autoregressive")
+    assert gone() is None
+    assert (model.generation_decoder, model.autoencoder) == (None, None)
+
+
+def test_a_model_in_memory_keeps_both_halves_and_the_manifests_numerics():
+    model = load_model(demo_base())
+    parts = (model.autoregressive, model.generation_decoder, model.autoencoder)
+    assert model.generation_decoder.numerics == model.manifest.numerics
+    model.use("drawing")
+    model.use("autoregressive")
+    assert (model.autoregressive, model.generation_decoder, model.autoencoder) == parts
+    only = load_model(demo_base(), ["generation_decoder"], offload=True)
+    only.use("drawing")
+    assert only.generation_decoder is not None
+    assert only.autoencoder is None  # wasn't asked for
