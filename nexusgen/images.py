@@ -10,13 +10,15 @@ from __future__ import annotations
 import functools
 import io
 import json
+import struct
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from PIL import ExifTags, Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin
 from pydantic import model_validator
 from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
@@ -27,10 +29,13 @@ from nexusgen.errors import SampleError, ShapeError
 
 MAX_IMAGE_PIXELS = 64_000_000  # 8,000 x 8,000; above every camera in the data, 200 MB once decoded
 MAX_ASPECT_RATIO = 200.0  # the limit of Qwen2.5-VL's smart resize
+MAX_SLOW_PIXELS = 2_000_000  # where Pillow decodes in Python (QOI, plain and 16-bit PPM, RLE): microseconds per pixel
+MAX_SCANNED_PIXELS = 20 * MAX_IMAGE_PIXELS  # pixels x scans of a JPEG: a scan costs the time of the whole picture
 
 # Formats opened: raster formats that decode in-process. Others (EPS runs Ghostscript, PDF, FITS...) are refused.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "QOI", "DIB")
 
+_ROWS_AT_ONCE = 256  # of a deep picture, while it is scaled
 _EXIF_ORIENTATION = 0x0112
 _MADE_BY = "made by an AI model (trainedAlgorithmicMedia)"  # IPTC's term for it
 _UPRIGHT = {
@@ -93,18 +98,18 @@ class Geometry(Config):
 def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
     """Any picture's bytes as an upright RGB image: first frame, alpha on white, format known by content.
 
-    The pixel count and the aspect ratio are checked in the header, before anything is decoded.
+    The pixel count and the aspect ratio are checked in the header, before anything is decoded. Deep greys are scaled to
+    8 bits, CMYK is converted without its colour profile, colour profiles are ignored.
     Raises: SampleError `image_undecodable`, `image_truncated`, `image_too_large` or `image_shape`.
     """
     if not data:
         raise SampleError("image_undecodable", "the image has no bytes")
-    with warnings.catch_warnings():
-        # Pillow warns about odd metadata and large images; both are judged here. The filter names the module, so that
-        # a thread that leaves it behind hides nothing else.
-        warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
+    with _PILLOW_IS_QUIET:
         try:
+            for size in _sizes_in_icon(data):
+                _check_size(size, max_pixels)
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                _check_header(image, max_pixels)
+                _check_header(image, data, max_pixels)
                 image.load()
                 orientation = _orientation(image)
                 upright = _to_rgb(image)
@@ -119,14 +124,69 @@ def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image
     return upright.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else upright
 
 
-def _check_header(image: Image.Image, max_pixels: int) -> None:
-    width, height = image.size
+class _Quiet:
+    """Hides Pillow's warnings of odd metadata and large images, which are judged here, while any thread decodes.
+
+    `warnings.catch_warnings` alone would let a thread that leaves early bring them back for the others.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_inside = 0
+        self._saved = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._num_inside:
+                self._saved = warnings.catch_warnings()
+                self._saved.__enter__()
+                warnings.filterwarnings("ignore", module=r"PIL(\.|$)")
+            self._num_inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._num_inside -= 1
+            if not self._num_inside:
+                self._saved.__exit__(None, None, None)
+
+
+_PILLOW_IS_QUIET = _Quiet()
+
+
+def _check_header(image: Image.Image, data: bytes, max_pixels: int) -> None:
+    is_slow = any(tile[0] in Image.DECODERS for tile in getattr(image, "tile", ()))  # the registry of those in Python
+    _check_size(image.size, min(max_pixels, MAX_SLOW_PIXELS) if is_slow else max_pixels)
+    if image.format in ("JPEG", "MPO"):
+        num_scans = data.count(b"\xff\xda")  # coded data holds no such bytes
+        if num_scans * image.width * image.height > MAX_SCANNED_PIXELS:
+            raise SampleError(
+                "image_too_large", f"a JPEG of {image.height}x{image.width} (h x w) in {num_scans:,} scans"
+            )
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
     if width < 1 or height < 1:
         raise SampleError("image_shape", f"{height}x{width} (h x w) pixels")
     if width * height > max_pixels:
         raise SampleError("image_too_large", f"{height}x{width} (h x w) pixels; at most {max_pixels:,} are decoded")
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise SampleError("image_shape", f"{height}x{width} (h x w); aspect ratios up to {MAX_ASPECT_RATIO:g} are used")
+
+
+def _sizes_in_icon(data: bytes) -> list[tuple[int, int]]:
+    """(width, height) of the pictures in an icon, which Pillow decodes as it opens it; of other pictures nothing."""
+    if not data.startswith(b"\0\0\1\0"):
+        return []
+    sizes = []
+    for entry in range(struct.unpack_from("<H", data, 4)[0]):
+        (offset,) = struct.unpack_from("<I", data, 6 + 16 * entry + 12)
+        if data[offset : offset + 4] == b"\x89PNG":
+            sizes.append(struct.unpack_from(">II", data, offset + 16))
+        else:
+            width, height = struct.unpack_from("<ii", data, offset + 4)
+            sizes.append((abs(width), abs(height) // 2))  # the picture and its mask, one above the other
+    return sizes
 
 
 def _orientation(image: Image.Image) -> int:
@@ -143,24 +203,50 @@ def _speaks_of_truncation(text: str) -> bool:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return _deep_to_rgb(image)
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    clear = image.info.get("transparency")
+    if image.mode == "RGB" and isinstance(clear, tuple) and max(clear) > 255:
+        image.info["transparency"] = tuple(value >> 8 for value in clear)  # of 16-bit colours, which are 8-bit by now
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or clear is not None:
         # Premultiplied modes reach RGBA by their own conversion; everything else has a direct one.
         source = image.convert("LA") if image.mode == "La" else image
         layer = source.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, layer).convert("RGB")
+        white.alpha_composite(layer)
+        return white.convert("RGB")
     return image.convert("RGB")
 
 
 def _deep_to_rgb(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and float greys as 8 bits: integers keep their high byte, floats count as 0..1 or 0..255."""
-    values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    if image.mode == "F":
-        scaled = values * 255 if values.max() <= 1 else values
-    else:
-        scaled = values / 257 if values.max() > 255 or image.mode != "I" else values
-    grey = np.clip(np.round(scaled), 0, 255).astype(np.uint8)
+    """Greys of 12, 16 or 32 bits or floats as 8 bits; the colour that is declared transparent becomes white.
+
+    Values are brought to 0..255 from the range of the file's bits (of float 0..1), or, where they exceed it, from the
+    smallest of 0..255, 0..65535 and 0..maximum that holds them. Nothing is clipped but negative values; NaN and
+    infinities are black.
+    """
+    values = np.asarray(image)
+    is_finite = np.isfinite(values) if image.mode == "F" else True
+    top = float(np.max(values, where=is_finite, initial=0))
+    white = next((limit for limit in _white_levels(image) if top <= limit), top)
+    clear = image.info.get("transparency")
+    grey = np.empty(values.shape, dtype=np.uint8)
+    for first in range(0, len(values), _ROWS_AT_ONCE):
+        band = values[first : first + _ROWS_AT_ONCE].astype(np.float64)
+        scaled = np.nan_to_num(band, nan=0.0, posinf=0.0, neginf=0.0) * (255 / white)
+        grey[first : first + _ROWS_AT_ONCE] = np.clip(np.round(scaled), 0, 255)
+        if isinstance(clear, int):
+            grey[first : first + _ROWS_AT_ONCE][band == clear] = 255
     return Image.fromarray(grey).convert("RGB")
+
+
+def _white_levels(image: Image.Image) -> tuple[int, ...]:
+    """What may be white in a deep picture, in rising order."""
+    if image.mode == "F":
+        return 1, 255, 65535
+    if image.mode == "I" and image.format == "TIFF":
+        return 255, 65535  # 32 bits, which nobody fills
+    num_bits = image.tag_v2.get(258, 16) if isinstance(image, TiffImagePlugin.TiffImageFile) else 16
+    num_bits = num_bits[0] if isinstance(num_bits, tuple) else num_bits
+    return (4095, 65535) if num_bits == 12 else (65535,)
 
 
 def input_size(size: tuple[int, int], geometry: Geometry) -> tuple[int, int]:

@@ -449,7 +449,7 @@ def _not_a_tar(start: bytes, reason: str) -> _TarDamageError:
 def _size_of(extended: dict[str, str], size: int) -> int:
     """A member's size: an extended header's before the header's own; -1 if it isn't a number."""
     text = extended.get("size") or str(size)
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else -1
+    return int(text) if text.isascii() and text.isdigit() and len(text.lstrip("0")) < 20 else -1
 
 
 def _read_extension(kind: bytes, data: bytes) -> dict[str, str]:
@@ -558,12 +558,17 @@ class _Group:
             self.num_bytes = 0
 
     @property
+    def is_conversation(self) -> bool:
+        """Whether the json is Nexus-Gen's; a sample without one must be an image with a text."""
+        return self.record is not None and any(name in self.record for name in _IMAGE_FIELDS)
+
+    @property
     def is_complete(self) -> bool:
         """Whether nothing more is needed to judge the sample."""
         if self.problem is not None:
             return True
-        if self.record is not None and any(name in self.record for name in _IMAGE_FIELDS):
-            names = self.record.get("images", [])
+        if self.is_conversation:
+            names = cast(dict[str, Any], self.record).get("images", [])
             if not isinstance(names, list) or len(names) > MAX_IMAGES:
                 return True
             return all(self.find(name) is not None for name in names)
@@ -588,7 +593,8 @@ class _Group:
 class ShardReader:
     """One pass over a shard: yields its samples and quarantine rows in tar order.
 
-    After the pass: `digest` (sha256 of the file), `num_bytes`, `num_groups` (keys seen) and `num_ignored` (junk).
+    After the pass: `digest` (sha256 of the file), `num_bytes`, `num_groups` (keys seen), `num_ignored` (junk), and how
+    many samples were of each convention: `num_conversations` (Nexus-Gen's) and `num_pairs` (img2dataset's).
     """
 
     def __init__(self, shard: str, options: ReadOptions | None = None) -> None:
@@ -598,6 +604,8 @@ class ShardReader:
         self.num_bytes = 0
         self.num_groups = 0
         self.num_ignored = 0
+        self.num_conversations = 0
+        self.num_pairs = 0
 
     def __iter__(self) -> Iterator[Sample | QuarantineRow]:
         try:
@@ -661,9 +669,12 @@ class ShardReader:
         try:
             if group.problem is not None:
                 raise group.problem
-            return _build_sample(self.shard, group, self.options)
+            sample = _build_sample(self.shard, group, self.options)
         except SampleError as error:
             return self._row(error.reason_code, error.reason, group.key, error.member)
+        self.num_conversations += group.is_conversation
+        self.num_pairs += not group.is_conversation
+        return sample
 
     def _close_at_damage(
         self, open_groups: OrderedDict[str, _Group], damage: _TarDamageError
@@ -723,7 +734,7 @@ def guess_language(messages: Sequence[Message]) -> str:
 
 def _build_sample(shard: str, group: _Group, options: ReadOptions) -> Sample:
     record = group.record or {}
-    if any(name in record for name in _IMAGE_FIELDS):
+    if group.is_conversation:
         messages, images = _parse_conversation(group, record)
     else:
         messages, images = _parse_pair(group, record, options)

@@ -2,12 +2,19 @@ from __future__ import annotations
 
 import io
 import json
+import random
+import struct
+import tracemalloc
+import warnings
+import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image, ImageCms
+from PIL import ExifTags, Image, ImageCms, features
 from safetensors.numpy import load_file
 
 from nexusgen.errors import SampleError, ShapeError
@@ -24,6 +31,7 @@ from nexusgen.images import (
     to_patches,
     to_pixels,
 )
+from nexusgen.schema import REASON_CODES
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "ar"
 TINY = Geometry(patch_size=8, merge_size=2, target_size=64, reference_size=128, max_input_pixels=128 * 128)
@@ -121,6 +129,246 @@ def test_decode_refuses_with_a_reason_code(data: bytes, code: str) -> None:
     with pytest.raises(SampleError) as caught:
         decode_image(data)
     assert caught.value.reason_code == code
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_of(height: int, width: int, data: bytes, *, depth: int = 8, colour_type: int = 2, more: bytes = b"") -> bytes:
+    """A PNG of raw rows, each with its filter byte, whatever its header says."""
+    start = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + start + more + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+
+
+def icon_of(picture: bytes) -> bytes:
+    """An icon that says it is 16x16 around whatever picture."""
+    return b"\0\0\1\0\1\0" + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(picture), 22) + picture
+
+
+def decode_or_code(data: bytes) -> Image.Image | str:
+    """The picture, or the code of why it isn't used; whatever else is raised fails the test."""
+    try:
+        return decode_image(data)
+    except SampleError as error:
+        return error.reason_code
+
+
+def values_of(image: Image.Image) -> list[int]:
+    return np.asarray(image)[0, :, 0].tolist()
+
+
+def test_deep_greys_are_scaled_and_never_clipped() -> None:
+    ramp = np.array([[0, 4095, 32768, 65535]], dtype=np.uint16)
+    for format in ("PNG", "TIFF", "JPEG2000"):
+        assert values_of(decode_image(encode(Image.fromarray(ramp), format))) == [0, 16, 128, 255]
+    assert values_of(decode_image(b"P5 2 1 4095\n" + struct.pack(">HH", 0, 4095))) == [0, 255]
+    assert values_of(decode_image(b"P5 2 1 65535\n" + struct.pack(">HH", 0, 200))) == [0, 1]
+    for dtype, white in ((np.int32, 255), (np.int32, 65535), (np.int32, 2**31 - 1), (np.float32, 1), (np.float32, 3e9)):
+        values = np.array([[0, white / 3, white]], dtype=dtype)
+        assert values_of(decode_image(encode(Image.fromarray(values), "TIFF"))) == [0, 85, 255]
+    odd = np.array([[-1, np.nan, np.inf, 1]], dtype=np.float32)
+    assert values_of(decode_image(encode(Image.fromarray(odd), "TIFF"))) == [0, 0, 0, 255]
+    assert values_of(decode_image(encode(Image.fromarray(np.full((1, 2), np.nan, np.float32)), "TIFF"))) == [0, 0]
+
+
+def test_twelve_bits_are_twelve_bits() -> None:
+    entries = [(256, 2), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 3)]
+    tags = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    data = b"II*\0" + struct.pack("<I", 12) + b"\xff\xf8\x00\0" + struct.pack("<H", len(entries)) + tags + bytes(4)
+    assert values_of(decode_image(data)) == [255, 128]
+
+
+def test_deep_colours_and_their_transparency() -> None:
+    rows = b"\0" + struct.pack(">6H", 65535, 0, 0x8000, 65535, 65535, 0x1234)
+    assert np.asarray(decode_image(png_of(1, 2, rows, depth=16))).tolist() == [[[255, 0, 128], [255, 255, 18]]]
+    clear = chunk(b"tRNS", struct.pack(">3H", 65535, 0, 0x8000))
+    assert decode_image(png_of(1, 2, rows, depth=16, more=clear)).getpixel((0, 0)) == (255, 255, 255)
+    grey, clear = b"\0" + struct.pack(">2H", 100, 65000), chunk(b"tRNS", struct.pack(">H", 100))
+    assert values_of(decode_image(png_of(1, 2, grey, depth=16, colour_type=0, more=clear))) == [255, 253]
+    with_alpha = b"\0" + struct.pack(">4H", 0, 0, 0, 65535)
+    assert values_of(decode_image(png_of(1, 2, with_alpha, depth=16, colour_type=4))) == [255, 0]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "YCbCr", "LAB", "RGBa", "La", "I;16", "F"])
+def test_every_mode_of_tiff_becomes_rgb(mode: str) -> None:
+    stored = Image.new(mode, (5, 3)) if mode != "PA" else Image.new("P", (5, 3)).convert("PA")
+    try:
+        data = encode(stored, "TIFF")
+    except OSError:
+        data = encode(stored.convert("LA" if mode in ("PA", "La") else "RGBA"), "PNG")
+    shown = decode_image(data)
+    assert (shown.mode, shown.size) == ("RGB", (5, 3))
+
+
+def test_cmyk_of_adobe_is_inverted_once() -> None:
+    for colour, expected in (((0, 0, 0, 0), 255), ((0, 0, 0, 255), 0)):
+        data = encode(Image.new("CMYK", (8, 8), colour), "JPEG", quality=95)
+        assert b"Adobe" in data
+        assert values_of(decode_image(data))[0] == expected
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF", "MPO", "AVIF"])
+def test_the_first_of_several_frames(format: str) -> None:
+    frames = [Image.new("RGB", (16, 8), colour) for colour in ("red", "blue", "lime")]
+    shown = decode_image(encode(frames[0], format, save_all=True, append_images=frames[1:]))
+    assert shown.size == (16, 8)
+    assert np.abs(np.asarray(shown).astype(int) - (255, 0, 0)).max() <= 8
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_broken_metadata_leaves_the_picture(format: str) -> None:
+    stored = noise(16, 24)
+    wanted = np.asarray(decode_image(encode(stored, format)))
+    broken = (b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0" + b"\xff" * 40, b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
+    exif = Image.Exif()
+    exif[0x0112] = 77
+    for options in ({"exif": exif}, {"icc_profile": b"no profile"}, *({"exif": data} for data in broken)):
+        if format in ("TIFF", "AVIF") and isinstance(options.get("exif"), bytes):
+            continue  # Pillow itself refuses to write it
+        assert np.array_equal(np.asarray(decode_image(encode(stored, format, **options))), wanted), options
+
+
+CUT_SHORT = [
+    encode(noise(48, 40), format, **options)
+    for format, options in (
+        ("PNG", {}),
+        ("JPEG", {}),
+        ("JPEG", {"progressive": True}),
+        ("WEBP", {}),
+        ("WEBP", {"lossless": True}),
+        ("GIF", {}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+        ("BMP", {}),
+        ("PPM", {}),
+        *([("AVIF", {})] if features.check("avif") else []),
+        ("JPEG2000", {}),
+    )
+]
+
+
+@pytest.mark.parametrize("data", CUT_SHORT, ids=range(len(CUT_SHORT)))
+def test_a_picture_cut_short_is_refused_or_whole(data: bytes) -> None:
+    whole = np.asarray(decode_image(data))
+    refused = 0
+    for cut in range(1, len(data), max(1, len(data) // 37)):
+        found = decode_or_code(data[:cut])
+        assert found in ("image_truncated", "image_undecodable") or np.array_equal(np.asarray(found), whole), cut
+        refused += isinstance(found, str)
+    assert refused > 20
+
+
+def patched(data: bytes, offset: int, format: str, *values: int) -> bytes:
+    changed = bytearray(data)
+    struct.pack_into(format, changed, offset, *values)
+    return bytes(changed)
+
+
+SMALL = Image.new("RGB", (16, 16), "red")
+JPEG = encode(SMALL, "JPEG")
+BOMBS = {
+    "gif": patched(encode(SMALL, "GIF"), 6, "<HH", 65535, 65535),
+    "bmp": patched(encode(SMALL, "BMP"), 18, "<ii", 9000, 9000),
+    "jpeg": patched(JPEG, JPEG.index(b"\xff\xc0") + 5, ">HH", 9000, 9000),
+    "png": png_of(9000, 9000, b""),
+    "png-2e31": png_of(2**31 - 1, 2**31 - 1, b""),
+    "webp": encode(Image.new("L", (9000, 9000)).convert("RGB"), "WEBP", lossless=True, quality=0, method=0),
+    "icon": icon_of(encode(Image.new("1", (9000, 9000)))),
+    "icon-bitmap": icon_of(struct.pack("<IiiHHIIiiII", 40, 9000, 18000, 1, 32, 0, 0, 0, 0, 0, 0)),
+    "qoi": b"qoif" + struct.pack(">II", 2000, 2000) + b"\3\0" + b"\xfd" * 70_000,
+    "plain-ppm": b"P3 2000 2000 255\n" + b"1 " * 100_000,
+    "jpeg-scans": patched(
+        JPEG[:-2] + JPEG[JPEG.index(b"\xff\xda") : -2] * 30 + JPEG[-2:],
+        JPEG.index(b"\xff\xc0") + 5,
+        ">HH",
+        7900,
+        7900,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs_are_refused_by_their_header(name: str) -> None:
+    tracemalloc.start()
+    with pytest.raises(SampleError) as caught:
+        decode_image(BOMBS[name])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert caught.value.reason_code == "image_too_large"
+    assert peak < 4 << 20
+
+
+def test_compressed_metadata_is_bounded() -> None:
+    packed = zlib.compress(bytes(100 << 20))
+    for kind in (b"zTXt", b"iCCP"):
+        with pytest.raises(SampleError, match="too large"):
+            decode_image(png_of(1, 1, bytes(4), more=chunk(kind, b"a\0\0" + packed)))
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0), (0, 0)])
+def test_no_pixels_are_refused(size: tuple[int, int]) -> None:
+    for data in (png_of(*size, b""), patched(encode(SMALL, "BMP"), 18, "<ii", *size)):
+        with pytest.raises(SampleError):
+            decode_image(data)
+
+
+def test_threads_hide_warnings_together() -> None:
+    odd = encode(Image.new("P", (64, 64)), "PNG", transparency=b"\0\1")
+    large = encode(Image.new("1", (9500, 9500)))  # Pillow warns from 89 million pixels on
+    exif = encode(SMALL, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
+
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(decode_or_code, [odd, large, exif] * 20))
+    assert Counter(one if isinstance(one, str) else one.mode for one in found) == {"RGB": 40, "image_too_large": 20}
+    assert warnings.filters == before
+
+
+def test_no_damage_makes_decoding_raise_anything_else() -> None:
+    rng = random.Random(3)
+    frames = [noise(16, 16, seed) for seed in range(3)]
+    wholes = [
+        *CUT_SHORT,
+        encode(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+        encode(frames[0], "PNG", save_all=True, append_images=frames[1:]),
+        encode(frames[0], "MPO", save_all=True, append_images=frames[1:]),
+        encode(frames[0], "ICO", sizes=[(16, 16)]),
+        encode(frames[0].convert("CMYK"), "JPEG"),
+        encode(frames[0].convert("P"), "PNG", transparency=0),
+    ]
+    for _ in range(200):
+        changed = bytearray(rng.choice(wholes))
+        for _ in range(rng.randint(1, 4)):
+            at, run = rng.randrange(len(changed) or 1), rng.choice((1, 2, 8, 100))
+            match rng.randrange(4):
+                case 0:
+                    changed[at : at + run] = rng.randbytes(run)
+                case 1:
+                    del changed[at : at + run]
+                case 2:
+                    changed[at:at] = rng.choice(wholes)[at : at + run]
+                case _:
+                    del changed[at:]
+        found = decode_or_code(bytes(changed))
+        assert found in REASON_CODES if isinstance(found, str) else found.mode == "RGB"
+
+
+def test_every_odd_picture_behaves_as_expected(test_data: Path) -> None:
+    folder = test_data / "data" / "broken"
+    expected = json.loads((folder / "expected.json").read_text("utf-8"))
+    pictures = {name: wanted["pil"] for name, wanted in expected.items() if name.startswith("images/")}
+    assert len(pictures) == 127
+    for name, pillow in pictures.items():
+        found = decode_or_code((folder / name).read_bytes())
+        if name == "images/own-10000x1.png":
+            assert found == "image_shape"
+        elif pillow.startswith("decodes"):
+            assert not isinstance(found, str), (name, found)
+            assert found.mode == "RGB"
+        else:
+            allowed = ("image_too_large",) if "Bomb" in pillow else ("image_undecodable", "image_truncated")
+            assert found in allowed, (name, found)
 
 
 def test_input_image_keeps_its_aspect_in_whole_tokens() -> None:
