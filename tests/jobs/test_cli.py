@@ -458,6 +458,7 @@ def test_make_base_keeps_what_is_there(nexusgen: Run, tmp_path: Path) -> None:
         ("pack", PackConfig),
         ("embed_vision", EmbedConfig),
         ("embed_latents", EmbedConfig),
+        ("embed_predicted", EmbedConfig),
         ("train_ar", TrainConfig),
         ("train_generation_decoder", TrainConfig),
         ("register", RegisterConfig),
@@ -468,6 +469,12 @@ def test_make_base_keeps_what_is_there(nexusgen: Run, tmp_path: Path) -> None:
 def test_shipped_configs_are_valid(file: str, config: type[Any]) -> None:
     loaded = load_config(config, DEMO_CONFIGS / f"{file}.yaml")
     assert (loaded.storage, loaded.name) == (command.DEFAULT_STORAGE, "demo")
+
+
+@pytest.mark.parametrize("mode", ["vision", "latents", "predicted"])
+def test_shipped_configs_of_the_full_size_embed_each_mode(mode: str) -> None:
+    loaded = load_config(EmbedConfig, DEMO_CONFIGS.parent / "7b" / f"embed_{mode}.yaml")
+    assert (loaded.mode, loaded.gpus_per_encoder, loaded.decode_threads) == (mode, 1, 8)
 
 
 # --- errors -> exit codes ---------------------------------------------------------------------------------------------

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import io
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,3 +108,16 @@ def test_modes_must_hold_the_same_rows(tmp_path: Path) -> None:
     embedded.check_modes_agree(str(tmp_path), "n", ["vision", "latents"])
     with pytest.raises(InputError, match="same slices"):
         embedded.check_modes_agree(str(tmp_path), "n", ["vision", "predicted"])
+
+
+def test_the_readmes_lines_read_the_data_with_plain_pyarrow_and_polars(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    table = a_table()
+    storage.write_bytes_atomic(f"{tmp_path}/runs/mine/embedded/mine/vision/a-00000.parquet", embedded.to_parquet(table))
+    script = code + '\nimport sys\nassert not {"nexusgen", "pipelines"} & set(sys.modules)\n'
+    command = [sys.executable, "-I", "-W", "error", "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("k0 torch.Size([2, 4])\n")
+    assert "generation" in done.stdout
