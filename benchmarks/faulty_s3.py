@@ -65,6 +65,8 @@ class FaultyS3:
         self.silence_s = silence_s
         self.faults = tuple(faults)
         self.counts: Counter[str] = Counter()
+        self.write_delay_s = 0.0  # of every write: a slow store
+        self.writes: list[tuple[str, float]] = []  # path and time (monotonic) of every PUT that came
         self.port = 0
         self._random = random.Random(seed)
         self._lock = threading.Lock()
@@ -119,7 +121,7 @@ class FaultyS3:
         """The hold that wants this write, which then is over for others."""
         with self._lock:
             held = self._hold
-        if held is None or not held.wanted(path, client_port):
+        if held is None or not held.wanted(path.partition("?")[0], client_port):
             return None
         with self._lock:
             if self._hold is not held:
@@ -168,6 +170,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         body = self._read_body()
         fault = self.state.draw(self.command)
+        if self.command == "PUT":
+            self.state.writes.append((self.path.partition("?")[0], time.monotonic()))
+            time.sleep(self.state.write_delay_s)
         if self.command in ("PUT", "POST"):
             held = self.state.take_hold(self.path, self.client_address[1])
             if held is not None:
