@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,8 @@ from jobs.command import Outcome, add_json_argument, check_folder, main_of
 NAME = "inspect"
 HELP = "Read tar shards and say what is in them: tasks, languages, bad samples, size once embedded."
 MAX_SHOWN = 20
+MAX_NAMES_SHOWN = 8
+MAX_GROUPS_SHOWN = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT", help="tar, glob, range {000..099}, folder, s3:// URI, or list"
     )
-    parser.add_argument("--report", type=Path, metavar="DIR", help="also write inspect.json and inspect.txt there")
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="DIR",
+        help="also write inspect.json, inspect.txt, contact sheets, histograms and inspect.html there",
+    )
     parser.add_argument(
         "--pairs-as",
         choices=("generation", "understanding"),
@@ -33,34 +39,63 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Outcome:
     """Count, and write the report if one is asked for."""
-    from pipelines.inspect import inspect
+    from pipelines.inspect import Shown, inspect
 
-    if arguments.report is not None:
-        check_folder(arguments.report)
-    found = inspect(arguments.inputs, arguments.pairs_as)
+    if arguments.report is None:
+        found = inspect(arguments.inputs, arguments.pairs_as)
+        return Outcome(_describe(found), found)
+    from pipelines.report import write_report
+
+    check_folder(arguments.report)
+    shown: list[Shown] = []
+    found = inspect(arguments.inputs, arguments.pairs_as, shown=shown)
     text = _describe(found)
-    if arguments.report is not None:
-        (arguments.report / "inspect.json").write_text(json.dumps(found, indent=2, ensure_ascii=False), "utf-8")
-        (arguments.report / "inspect.txt").write_text(text + "\n", "utf-8")
-    return Outcome(text, found)
+    files = write_report(arguments.report, found, text, shown)
+    return Outcome(f"{text}\nreport: {', '.join(map(str, files))}", found)
 
 
 def _describe(found: Mapping[str, Any]) -> str:
+    sizes, tokens, conventions = found["image_sizes"], found["text_tokens"], found["conventions"]
     lines = [
         f"{found['shards']} shards, {found['bytes'] / 1e6:.1f} MB, {found['samples']} samples, "
         f"{found['images']} images ({found['duplicate_images']} of them duplicates)",
-        "tasks: " + ", ".join(f"{task} {count}" for task, count in found["by_task"].items()),
+        f"tasks: {_counts(found['by_task'])}",
         f"  editing with several references: {found['editing_multi_reference']}",
-        "languages: " + ", ".join(f"{lang} {count}" for lang, count in found["by_language"].items()),
+        f"languages: {_counts(found['by_language'])}",
+        f"sources: {_counts(found['by_source'])}",
+        f"licences: {_counts(found['by_licence'])}",
+        f"image heights: {_spread(sizes['height'])} pixels; widths: {_spread(sizes['width'])}",
+        f"text: {_spread(tokens)} tokens of {tokens['tokenizer']}'s tokenizer; "
+        f"{_spread(found['text_characters'])} characters",
         f"embedded (mode vision, released sizes): about {found['embedded_bytes_estimate'] / 1e9:.2f} GB",
-        f"quarantined: {len(found['quarantined'])}",
-        *(f"  {code}: {count}" for code, count in found["quarantined_by_code"].items()),
+        f"conventions: {_counts(conventions['samples'])} samples; {_counts(conventions['shards'])} shards",
+        *(f"  {odd['shard']} is {odd['convention']}" for odd in conventions["odd_shards"][:MAX_SHOWN]),
+        f"duplicates: {found['duplicate_images']} images, {found['duplicate_samples']} samples",
     ]
+    for kind, groups in found["duplicate_groups"].items():
+        for group in groups[:MAX_GROUPS_SHOWN]:
+            places = ", ".join(f"{place['shard'].rpartition('/')[2]} {place['key']}" for place in group["first"])
+            lines.append(f"  {kind[:-1]} {group['count']} times: {places}")
+    total = found["quarantined_total"]
+    lines.append(f"quarantined: {total}")
+    lines += [f"  {code}: {count}" for code, count in found["quarantined_by_code"].items()]
     for row in found["quarantined"][:MAX_SHOWN]:
         lines.append(f"  {row['shard']} {row['key']}: {row['reason_code']}: {row['reason']}")
-    if len(found["quarantined"]) > MAX_SHOWN:
-        lines.append(f"  ... {len(found['quarantined']) - MAX_SHOWN} more; --json or --report give all")
+    if total > MAX_SHOWN:
+        lines.append(f"  ... {total - MAX_SHOWN} more; --json or --report give all")
     return "\n".join(lines)
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    """Names with their counts, the first few."""
+    named = [f"{name} {count}" for name, count in list(counts.items())[:MAX_NAMES_SHOWN]]
+    if len(counts) > MAX_NAMES_SHOWN:
+        named.append(f"{len(counts) - MAX_NAMES_SHOWN} others")
+    return ", ".join(named) or "none"
+
+
+def _spread(spread: Mapping[str, Any]) -> str:
+    return f"{spread['min']} to {spread['max']}, median {spread['median']:g}" if "min" in spread else "none"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from pydantic import model_validator
 from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
@@ -117,6 +117,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image
             raise
         except Image.DecompressionBombError as error:
             raise SampleError("image_too_large", str(error)) from None
+        except UnidentifiedImageError:
+            raise SampleError("image_undecodable", f"not a picture of a known format ({data[:8]!r}...)") from None
         except Exception as error:  # decoders fed with damaged bytes raise almost anything, MemoryError included
             text = f"{type(error).__name__}: {error}"
             code = "image_truncated" if _speaks_of_truncation(text) else "image_undecodable"
