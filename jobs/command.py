@@ -151,7 +151,7 @@ def read_config(cls: type[ConfigT], arguments: argparse.Namespace) -> ConfigT:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which model a command uses, and how it is held."""
+    """Which model a command uses, how it is held, and how it samples."""
     parser.add_argument(
         "--model",
         metavar="MODEL",
@@ -163,17 +163,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of weights (default: bf16 on cuda, fp32 on the cpu)")
-    add_json_argument(parser)
-
-
-def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
-    """-o OUT.png, how a picture is sampled, and how the model that draws it is held: see `draw_picture`."""
-    parser.add_argument("-o", "--out", type=Path, required=True, metavar="OUT.png", help="where the picture goes")
     parser.add_argument("--seed", type=_seed, default=0, help="of the picture's noise (default: %(default)s)")
     parser.add_argument("--steps", type=_positive, help="denoising steps (default: the model's own)")
     parser.add_argument(
         "--size", type=_size, metavar="HEIGHTxWIDTH", help="of the picture in pixels (default: the model's own)"
     )
+    add_json_argument(parser)
+
+
+def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
+    """-o OUT.png, and how the model that draws it is held: see `draw_picture`."""
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="OUT.png", help="where the picture goes")
     parser.add_argument(
         "--offload", action="store_true", help="hold one half of the model at a time: language model, or what draws"
     )

@@ -17,7 +17,7 @@ MAX_NEW_TOKENS = 128
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """IMAGE [-q TEXT] and the options of models; answers are greedy."""
+    """IMAGE [-q TEXT] and the options of models; answers are greedy, so that seed, steps and size change nothing."""
     parser.add_argument("image", type=Path, metavar="IMAGE", help="a picture's file")
     parser.add_argument("-q", "--question", default=DEFAULT_QUESTION, metavar="TEXT", help="(default: %(default)s)")
     add_model_arguments(parser)
