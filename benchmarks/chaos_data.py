@@ -249,7 +249,7 @@ class Killer:
         self.random.shuffle(kinds)
         for number, kind in enumerate(kinds):
             killed = (
-                self.kill_in_write(kind, drop=self.random.random() < 0.5)
+                self.kill_in_write(kind, skip=self.random.randrange(6), drop=self.random.random() < 0.5)
                 if number % 3 != 2
                 else self._kill_any_time(kind)
             )
@@ -258,9 +258,20 @@ class Killer:
             self.kills.append(killed)
             print(f"kill {number + 1}: {killed}", file=sys.stderr, flush=True)
 
-    def kill_in_write(self, kind: str, *, drop: bool) -> Kill | None:
-        """Kill while a write is held, which then is dropped or carried out; None if the job ends before."""
-        hold = self.proxy.hold(lambda path, _: bool(_SLICE.search(path)) or (kind == "driver" and _is_record(path)))
+    def kill_in_write(self, kind: str, *, skip: int, drop: bool) -> Kill | None:
+        """Let `skip` writes pass and kill while the next is held, which then is dropped or carried out.
+
+        Gives None if the job ends before.
+        """
+        passed = 0
+
+        def is_wanted(path: str, client_port: int) -> bool:
+            nonlocal passed
+            is_fit = bool(_SLICE.search(path)) or (kind == "driver" and _is_record(path))
+            passed += is_fit
+            return is_fit and passed > skip
+
+        hold = self.proxy.hold(is_wanted)
         try:
             pid = None
             while pid is None:
