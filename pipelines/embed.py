@@ -29,8 +29,9 @@ import pyarrow as pa
 import torch
 from pydantic import Field, model_validator
 
+from nexusgen import errors
 from nexusgen.config import Config, dump_config
-from nexusgen.errors import InputError, ModelError, QuarantineError
+from nexusgen.errors import InputError, ModelError, NexusgenError, QuarantineError
 from nexusgen.images import Geometry
 from nexusgen.model.weights import Manifest, load_model, read_manifest
 from nexusgen.prompts import load_tokenizer
@@ -357,14 +358,29 @@ def _stream(plan: _Plan, shards: Sequence[str], num_readers: int) -> Iterator[di
         batches: Any = dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
         for batch in batches:
             for text in batch.column("entry").to_pylist():
-                yield json.loads(text)
+                row = json.loads(text)
+                if row["kind"] == "failure":
+                    raise getattr(errors, row["error"])(row["message"])
+                yield row
+
+
+def _failure(error: NexusgenError) -> dict[str, Any]:
+    """An error that ends the job (a full disk, an S3 that is down) as a row: through Ray its type would be lost."""
+    return {"kind": "failure", "error": type(error).__name__, "message": str(error)}
 
 
 def _read_shards(batch: pa.Table, plan: _Plan) -> Iterator[pa.Table]:
     """Ray Data stage: names of shards in, pickled slices and ends of shards out, one row each."""
     for shard in batch.column("shard").to_pylist():
-        for item in read_slices(shard, plan.config):
-            yield pa.table({"item": pa.array([pickle.dumps(item)], pa.large_binary())})
+        try:
+            for item in read_slices(shard, plan.config):
+                yield _packed(item)
+        except NexusgenError as error:
+            yield _packed(_failure(error))
+
+
+def _packed(item: _Slice | dict[str, Any]) -> pa.Table:
+    return pa.table({"item": pa.array([pickle.dumps(item)], pa.large_binary())})
 
 
 def read_slices(shard: str, config: EmbedConfig) -> Iterator[_Slice | dict[str, Any]]:
@@ -410,7 +426,11 @@ class _SliceEncoder:
         entries = []
         for data in batch.column("item").to_pylist():
             item = pickle.loads(data)  # our own reader's bytes, never the shard's
-            entries.append(json.dumps(self._encode(item) if isinstance(item, _Slice) else item))
+            try:
+                entry = self._encode(item) if isinstance(item, _Slice) else item
+            except NexusgenError as error:
+                entry = _failure(error)
+            entries.append(json.dumps(entry))
         return pa.table({"entry": pa.array(entries, pa.string())})
 
     def _encode(self, item: _Slice) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,29 @@ def test_a_job_embeds_or_accounts_for_every_sample_and_redoes_only_what_changed(
     assert not list((folder / "quarantine").glob("c-*"))
     assert not [path for path in folder.rglob("*") if ".tmp-" in path.name]
     assert again.outputs["digest"] != report.outputs["digest"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+def test_a_full_disk_stops_the_job_with_one_clear_error_and_a_larger_one_lets_it_go_on(
+    tmp_path: Path, base: Path, ray_cluster: RayCluster
+) -> None:
+    (tmp_path / "tars").mkdir()
+    for shard in range(3):
+        members = [member for number in range(6) for member in sample_members(f"s{shard}{number}")]
+        (tmp_path / "tars" / f"{shard}.tar").write_bytes(tar_bytes(members))
+    disk = tmp_path / "storage" / "embedded"
+    disk.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", disk], check=True)
+    try:
+        with pytest.raises(ResourceError, match="No space left"):
+            embed(a_config(tmp_path, base))
+        assert not [path for path in disk.rglob("*") if ".tmp-" in path.name]
+        subprocess.run(["mount", "-o", "remount,size=10m", disk], check=True)
+        report = embed(a_config(tmp_path, base))
+        assert report.outputs["slices_reused"] > 0
+        assert sorted(keys_of(tmp_path, "vision")) == sorted(f"s{shard}{i}" for shard in range(3) for i in range(6))
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def test_the_quarantined_fraction_is_looked_at_along_the_way(tmp_path: Path, base: Path) -> None:
