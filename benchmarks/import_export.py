@@ -4,8 +4,7 @@ The checkpoint has the released model's widths and fewer layers: a sharded langu
 FLUX.1's text encoders, and FLUX.1 [dev] in its original layout, a file for the transformer and one for the autoencoder.
 Each command runs as its own process, whose anonymous memory (RssAnon: what is held, not what is mapped from files) is
 sampled every 2 ms. The bound is the largest shard, for a `.bin` or an original file the largest tensor, plus 1 GB.
-Conditioners made afresh come on top, in fp32, as they are made, and in bf16, as they are kept. The other side is the
-plain way: load the `.bin`, save it again. Linux only.
+The other side is the plain way: load the `.bin`, save it again. Linux only.
 
     python benchmarks/import_export.py [--quick] [--json] [--scratch DIR]
 """
@@ -261,8 +260,6 @@ def measure(scratch: Path, shrink: int, report: Report) -> None:
     for number, (name, (arguments, largest)) in enumerate(parts.items()):
         model, out, bound = scratch / f"model{number}", scratch / f"out{number}", largest / GB + 1
         peak, seconds = run_measured([sys.executable, "-m", "jobs.import_model", *arguments, "--out", model])
-        if original in arguments:  # conditioners: 4 bytes for each number, then 2, which are what files hold
-            bound += 3 * sum(path.stat().st_size for path in model.rglob("conditioner.safetensors")) / GB
         report.at_most(f"import, {name}: peak anonymous memory, GB ({seconds:.0f} s)", peak, bound)
         of_bin = peak if name == "generation decoder's .bin" else of_bin
         differing = 0

@@ -3,8 +3,8 @@
 A model folder of random weights is generated, whose decoder is most of it. Its files are in fp32 and it is loaded in
 bf16, so that weights are held in anonymous memory, as a GPU would hold them, instead of being mapped from files. Each
 way of holding it runs as its own process, whose anonymous memory (RssAnon) is sampled every 2 ms; what a process takes
-that draws with the demo's tiny base is subtracted. Wanted are the memory plan's figures, plus a tenth and 0.1 GB that
-the C library's allocator may keep, and the same picture with and without offload. Pictures are compared by their peak
+that draws with the demo's tiny base is subtracted. Wanted are at most the memory plan's figures plus a
+quarter, and the same picture with and without offload. Pictures are compared by their peak
 signal-to-noise ratio with those in bf16, from the same embeddings and seeds: on random weights, on the demo's base and,
 with --model, on a trained model. Linux only.
 
@@ -57,7 +57,7 @@ from nexusgen.sampling import decode_embeddings, predict_embeddings
 WIDTH = 1024
 WAYS = {"whole": (False, None), "offload": (True, None), "fp8": (False, "fp8"), "offload and fp8": (True, "fp8")}
 PROMPTS = ("a red circle", "two blue squares", "a green star and a yellow cross", "three triangles", "a large ring")
-SLACK, KEPT = 1.1, 0.1  # what may be added to the plan: a tenth, and GB that the allocator keeps
+SLACK = 1.25  # what may be added to the plan
 DRAW = """
 import sys, torch
 from pathlib import Path
@@ -108,9 +108,7 @@ def measure_memory(scratch: Path, folder: Path, report: Report) -> None:
         out = scratch / name
         peak, seconds = run_measured([sys.executable, "-c", DRAW, folder, out, str(offload), str(quantise)])
         report.tell(f"{name}: planned, GB", plan.peak / GB)
-        report.at_most(
-            f"{name}: peak anonymous memory, GB ({seconds:.0f} s)", peak - empty, SLACK * plan.peak / GB + KEPT
-        )
+        report.at_most(f"{name}: peak anonymous memory, GB ({seconds:.0f} s)", peak - empty, SLACK * plan.peak / GB)
         pictures[name] = out.read_bytes()
     for whole, offloaded in (("whole", "offload"), ("fp8", "offload and fp8")):
         differing = sum(a != b for a, b in zip(pictures[whole], pictures[offloaded], strict=True))
