@@ -34,7 +34,8 @@ from report import Report
 
 from nexusgen.images import decode_image, image_for_role, to_patches
 from nexusgen.model.autoregressive import AutoregressiveModel
-from nexusgen.model.weights import load_model, read_manifest
+from nexusgen.model.manifest import read_manifest
+from nexusgen.model.weights import load_model
 from nexusgen.schema import Sample
 from pipelines.embed import EmbedConfig, embed
 from pipelines.encoders import VisionEncoder

@@ -12,15 +12,10 @@ import webdataset
 from PIL import Image
 from transformers import Qwen2_5_VLConfig
 
-from nexusgen.images import Geometry
+from nexusgen.geometry import Geometry
 from nexusgen.model.autoregressive import AutoregressiveModel
-from nexusgen.model.weights import (
-    demo_base,
-    load_tokenizer,
-    read_autoregressive_config,
-    save_autoregressive,
-    write_manifest,
-)
+from nexusgen.model.manifest import demo_base
+from nexusgen.model.weights import load_tokenizer, read_autoregressive_config, save_autoregressive, write_manifest
 
 QUESTION, ANSWER = "<image> What is it?", "A pattern."
 SIDE = 252  # pixels of an image: 324 patches at the released sizes

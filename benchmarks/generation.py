@@ -20,7 +20,7 @@ import torch
 from report import Report
 from transformers import Qwen2_5_VLConfig
 
-from nexusgen.images import Geometry
+from nexusgen.geometry import Geometry
 from nexusgen.model.autoregressive import AutoregressiveModel
 from nexusgen.positions import conversation_positions
 from nexusgen.prompts import IGNORED_LABEL, Conversation

@@ -38,7 +38,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from nexusgen.images import Geometry
+from nexusgen.geometry import Geometry
 from nexusgen.model.autoregressive import AutoregressiveModel
 from nexusgen.model.conditioners import MergerConfig
 from nexusgen.model.decoder import TRANSFORMER_STEM, ConditionerKind, VisionDecoder, released_decoder_config

@@ -32,7 +32,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig
 
 from nexusgen.base_training import GEOMETRY, TRANSFORMER_SIZES, tiny_decoder_config
-from nexusgen.images import Geometry
+from nexusgen.geometry import Geometry
 from nexusgen.memory import plan_memory
 from nexusgen.model.autoregressive import AutoregressiveModel
 from nexusgen.model.decoder import (
@@ -42,9 +42,9 @@ from nexusgen.model.decoder import (
     save_decoder,
     write_decoder_config,
 )
+from nexusgen.model.manifest import demo_base
 from nexusgen.model.weights import (
     DRAWING_PARTS,
-    demo_base,
     load_model,
     load_tokenizer,
     read_autoregressive_config,

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
     image = read_picture(arguments.image)
     folder = find_model(arguments)
     from nexusgen.errors import ModelError
-    from nexusgen.model.weights import read_manifest
+    from nexusgen.model.manifest import read_manifest
     from nexusgen.sampling import edit_images
 
     part = f"{arguments.decoder}_decoder"

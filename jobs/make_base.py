@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> Outcome:
     if any(arguments.out.iterdir()):
         raise InputError(f"--out {arguments.out} is not empty: choose another folder")
     from nexusgen.base_training import make_base
-    from nexusgen.model.weights import read_manifest
+    from nexusgen.model.manifest import read_manifest
 
     make_base(arguments.out)
     manifest = read_manifest(arguments.out)

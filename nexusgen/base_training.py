@@ -38,7 +38,8 @@ from nexusgen.flow_matching import (
     training_table,
     velocity_target,
 )
-from nexusgen.images import Geometry, to_patches, to_pixels
+from nexusgen.geometry import Geometry
+from nexusgen.images import to_patches, to_pixels
 from nexusgen.losses import autoregressive_losses
 from nexusgen.model.autoencoder import encode_latents, fit_patch_autoencoder, load_autoencoder
 from nexusgen.model.autoregressive import AutoregressiveModel, collate_conversations

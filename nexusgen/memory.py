@@ -19,15 +19,9 @@ from safetensors import SafetensorError, safe_open
 
 from nexusgen.errors import ModelError, ResourceError
 from nexusgen.model.decoder import QUANTISED_DTYPES, TRANSFORMER_STEM, Quantisation, is_quantised
+from nexusgen.model.manifest import read_manifest
 from nexusgen.model.tensors import weight_files
-from nexusgen.model.weights import (
-    DECODER_FOLDERS,
-    HALVES,
-    Half,
-    check_parts,
-    read_autoregressive_config,
-    read_manifest,
-)
+from nexusgen.model.weights import DECODER_FOLDERS, HALVES, Half, check_parts, read_autoregressive_config
 
 GB = 1e9
 _NUM_TEXT_TOKENS = 1024  # that a conversation and its reply are planned with, beside its images

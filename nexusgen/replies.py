@@ -25,9 +25,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from nexusgen.errors import InputError, ShapeError
+from nexusgen.messages import plain_text
 from nexusgen.model.autoregressive import AutoregressiveModel
 from nexusgen.positions import image_offsets
-from nexusgen.prompts import Conversation, TokenGrid, encode_prompt, encode_turn, plain_text
+from nexusgen.prompts import Conversation, TokenGrid, encode_prompt, encode_turn
 from nexusgen.schema import IMAGE_MARK, Message
 
 MAX_TEXT_BEFORE_IMAGE = 32  # tokens: when an image is demanded, the model may say this much before it

@@ -19,18 +19,18 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from jaxtyping import Shaped
 from pydantic import ValidationError
-from safetensors.torch import load as load_safetensors
-from torch import Tensor, nn
 
 from nexusgen.config import Config
 from nexusgen.errors import ModelError
-from nexusgen.model.tensors import save_tensors
 from pipelines import storage
+
+if TYPE_CHECKING:  # the registry reads checkpoints without torch
+    from jaxtyping import Shaped
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
 
 
 class DataInput(Config):
@@ -93,8 +93,12 @@ def forget(folder: str) -> None:
     storage.delete(storage.join(folder, "latest.json"))
 
 
-def save(folder: str, module: nn.Module, optimizer: torch.optim.Optimizer, meta: Meta) -> str:
+def save(folder: str, module: nn.Module, optimizer: Optimizer, meta: Meta) -> str:
     """Write a checkpoint, then point to it. Returns its URI. Raises: ResourceError if it can't be written."""
+    import torch
+
+    from nexusgen.model.tensors import save_tensors
+
     name = f"step-{meta.step:06d}"
     uri = storage.join(folder, name)
     with tempfile.TemporaryDirectory(prefix="nexusgen-checkpoint-") as scratch:
@@ -103,12 +107,15 @@ def save(folder: str, module: nn.Module, optimizer: torch.optim.Optimizer, meta:
         torch.save({"optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}, local / "state.pt")
         (local / "meta.json").write_text(meta.model_dump_json(indent=2) + "\n", encoding="utf-8")
         storage.upload_folder(local, uri)
-    write_json(storage.join(folder, "latest.json"), {"step": meta.step, "path": name})
+    storage.write_json(storage.join(folder, "latest.json"), {"step": meta.step, "path": name})
     return uri
 
 
-def load(checkpoint: Checkpoint, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load(checkpoint: Checkpoint, module: nn.Module, optimizer: Optimizer) -> None:
     """Put a checkpoint's weights, optimizer and random state back. Raises: ModelError if the weights don't fit."""
+    import torch
+    from safetensors.torch import load as load_safetensors
+
     state: Mapping[str, Shaped[Tensor, ...]] = load_safetensors(
         storage.read_bytes(storage.join(checkpoint.uri, "model.safetensors"))
     )
@@ -123,8 +130,3 @@ def load(checkpoint: Checkpoint, module: nn.Module, optimizer: torch.optim.Optim
     saved = torch.load(io.BytesIO(content), weights_only=True)
     optimizer.load_state_dict(saved["optimizer"])
     torch.set_rng_state(saved["random"])
-
-
-def write_json(uri: str, value: Mapping[str, Any]) -> None:
-    """A small JSON file, seen whole or not at all."""
-    storage.write_bytes_atomic(uri, (json.dumps(value, indent=2) + "\n").encode())

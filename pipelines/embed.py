@@ -14,40 +14,29 @@ import functools
 import hashlib
 import json
 import logging
-import pickle
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import pyarrow as pa
-import torch
 from pydantic import Field, model_validator
 
 from nexusgen import errors
 from nexusgen.config import Config, dump_config
-from nexusgen.errors import InputError, ModelError, NexusgenError, QuarantineError
-from nexusgen.images import Geometry
-from nexusgen.model.weights import Manifest, load_model, read_manifest
-from nexusgen.prompts import load_tokenizer
-from nexusgen.schema import QUARANTINE_SCHEMA, EmbedMode, QuarantineRow, Sample, StoredDtype
+from nexusgen.errors import ModelError, QuarantineError
+from nexusgen.model.manifest import Manifest, read_manifest
+from nexusgen.schema import EmbedMode, StoredDtype
 from pipelines import embedded, storage, takedowns, tracking
 from pipelines.embedded import EmbeddedManifest, ShardInfo, SliceInfo
-from pipelines.encoders import (
-    Encoder,
-    LatentEncoder,
-    PredictionEncoder,
-    VisionEncoder,
-    encode_slice,
-)
 from pipelines.registry import pin_model, resolve_model
 from pipelines.runtime import CpuMeter, JobReport, ray_cluster
-from pipelines.shards import ReadOptions, ShardReader, list_shards, stem_of
+from pipelines.shards import list_shards
+from pipelines.slice_encoder import Plan, SliceEncoder, compute_dtype
+from pipelines.slices import SliceRules, read_shards, shard_name, shard_stat
 
 LAYOUT_VERSION = 2  # raised when stored rows change for the same input
 MAX_READ_TASKS = 400  # Ray's scheduler takes minutes over 100,000 tasks; each loops over its shards instead
@@ -88,52 +77,6 @@ class EmbedConfig(Config):
 _PARTS: dict[EmbedMode, str] = {"vision": "vision", "latents": "vae", "predicted": "autoregressive"}  # what encodes
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What readers and encoders need to know; the same for all of them."""
-
-    config: EmbedConfig
-    folder: str
-    config_hash: str
-    fingerprint: str
-    dropped: frozenset[str]  # keys that were taken down
-
-    @property
-    def stamp(self) -> dict[str, str]:
-        return {"config_hash": self.config_hash, "fingerprint": self.fingerprint}
-
-
-@dataclass(frozen=True)
-class _Slice:
-    """Consecutive samples of one shard on their way to an encoder, with the rows quarantined among them."""
-
-    shard: str
-    index: int
-    samples: tuple[Sample, ...]
-    rejected: tuple[QuarantineRow, ...]
-
-    @property
-    def name(self) -> str:
-        return f"{shard_name(self.shard)}-{self.index:05d}"
-
-    @property
-    def digest(self) -> str:
-        """sha256 over everything that its embedded rows depend on."""
-        digest = hashlib.sha256()
-        for sample in self.samples:
-            texts = [sample.key, sample.row, sample.lang, [asdict(m) for m in sample.messages], sample.meta]
-            digest.update(json.dumps(texts, sort_keys=True).encode())
-            for image in sample.images:
-                digest.update(hashlib.sha256(image).digest())
-        digest.update(json.dumps([asdict(row) for row in self.rejected]).encode())
-        return digest.hexdigest()
-
-
-def shard_name(shard: str) -> str:
-    """STEM-HASH8: the name that a shard's slices begin with."""
-    return f"{stem_of(shard)}-{hashlib.sha256(shard.encode()).hexdigest()[:8]}"
-
-
 def embed(config: EmbedConfig, parent_run_id: str | None = None) -> JobReport:
     """Embed every sample of the input, or quarantine it with a reason; finished slices are kept and re-used.
 
@@ -150,8 +93,8 @@ def embed(config: EmbedConfig, parent_run_id: str | None = None) -> JobReport:
         fingerprint = _encoder_fingerprint(config, manifest, model)
         storage.check_writable(folder)
         dropped = takedowns.record(config.storage, config.name, config.drop_keys)
-        plan = _Plan(config, folder, _config_hash(config, manifest, model), fingerprint, dropped)
-        tracking.configure(config.storage)
+        tracking.mlflow_uri(config.storage)  # refuses without a place for MLflow
+        plan = Plan(config, folder, _config_hash(config, manifest, model), fingerprint, dropped)
         num_rewritten = takedowns.rewrite(folder, dropped)
         records = _finished_shards(plan, shards)
         if len(records) == len(shards) and _is_entered(plan, records):
@@ -160,7 +103,7 @@ def embed(config: EmbedConfig, parent_run_id: str | None = None) -> JobReport:
             return _report(meter, folder, done, tally, num_rewritten, reused=True)
         todo = [shard for shard in shards if shard not in records]
         with (
-            _cluster(config, todo),  # refuses before anything is begun
+            _ready(config, todo),  # refuses before anything is begun
             tracking.job_run(
                 config.storage,
                 config.name,
@@ -220,7 +163,7 @@ def _config_hash(config: EmbedConfig, manifest: Manifest, model: Path) -> str:
         "image_size": manifest.image_size if config.mode == "latents" else None,
         "batch_patches": config.batch_patches,
         "dtype": config.dtype,
-        "computed_in": str(_compute_dtype(config)),
+        "computed_in": f"torch.{compute_dtype(config)}",
     }
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -232,19 +175,15 @@ def _encoder_fingerprint(config: EmbedConfig, manifest: Manifest, model: Path) -
     return manifest.fingerprints[part]
 
 
-def _compute_dtype(config: EmbedConfig) -> torch.dtype:
-    return torch.bfloat16 if config.gpus_per_encoder else torch.float32
-
-
-def _finished_shards(plan: _Plan, shards: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _finished_shards(plan: Plan, shards: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Records of the shards that are embedded whole, unchanged since, by this encoder and configuration."""
     known = {storage.name_of(uri) for uri in storage.list_files(storage.join(plan.folder, embedded.ENTRIES_FOLDER))}
     files = {storage.name_of(uri) for uri in storage.list_files(plan.folder)}
 
     def find(shard: str) -> dict[str, Any] | None:
-        record = _read_json(storage.join(plan.folder, embedded.ENTRIES_FOLDER, f"{shard_name(shard)}.json"))
+        record = storage.find_json(storage.join(plan.folder, embedded.ENTRIES_FOLDER, f"{shard_name(shard)}.json"))
         is_same = record is not None and {key: record.get(key) for key in plan.stamp} == plan.stamp
-        if record is None or not is_same or record["stat"] != _stat(shard):
+        if record is None or not is_same or record["stat"] != shard_stat(shard):
             return None
         is_whole = all(entry["num_rows"] == 0 or entry["file"] in files for entry in record["slices"])
         return record if is_whole else None
@@ -254,7 +193,7 @@ def _finished_shards(plan: _Plan, shards: Sequence[str]) -> dict[str, dict[str, 
         return {shard: found for shard, found in zip(listed, pool.map(find, listed), strict=True) if found is not None}
 
 
-def _is_entered(plan: _Plan, records: dict[str, dict[str, Any]]) -> bool:
+def _is_entered(plan: Plan, records: dict[str, dict[str, Any]]) -> bool:
     """Whether the data's manifest lists exactly the slices of these shards."""
     uri = storage.join(plan.folder, embedded.MANIFEST_NAME)
     if not storage.exists(uri):
@@ -263,31 +202,17 @@ def _is_entered(plan: _Plan, records: dict[str, dict[str, Any]]) -> bool:
     return listed == {(entry["file"], entry["sha256"]) for record in records.values() for entry in record["slices"]}
 
 
-def _stat(shard: str) -> list[int]:
-    """Size and time of change of a shard; nothing if it isn't there."""
-    try:
-        found = storage.stat(shard)
-    except InputError:
-        return []
-    return [found.size, found.mtime_ns]
-
-
-def _read_json(uri: str) -> dict[str, Any] | None:
-    """A small record; None where there is none that can be read."""
-    if not storage.exists(uri):
-        return None
-    try:
-        value = json.loads(storage.read_bytes(uri))
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _write_json(uri: str, value: dict[str, Any]) -> None:
-    storage.write_bytes_atomic(uri, json.dumps(value).encode())
-
-
 # ---- the pipeline ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _ready(config: EmbedConfig, shards: Sequence[str]) -> Iterator[None]:
+    """MLflow's place, and the cluster; they start side by side, as both take seconds."""
+    with ThreadPoolExecutor(1) as beside:
+        tracker = beside.submit(tracking.configure, config.storage)
+        with _cluster(config, shards):
+            tracker.result()
+            yield
 
 
 def _cluster(config: EmbedConfig, shards: Sequence[str]) -> AbstractContextManager[Any]:
@@ -299,7 +224,7 @@ def _cluster(config: EmbedConfig, shards: Sequence[str]) -> AbstractContextManag
     return ray_cluster(num_cpus, f"embed with {num_readers} readers and {config.num_encoders} encoders")
 
 
-def _run_ray(plan: _Plan, shards: Sequence[str], tally: _Tally, run: tracking.Run) -> dict[str, dict[str, Any]]:
+def _run_ray(plan: Plan, shards: Sequence[str], tally: _Tally, run: tracking.Run) -> dict[str, dict[str, Any]]:
     """Read and encode shards; gives the records of those that were read whole."""
     config = plan.config
     num_readers = min(config.num_readers, len(shards))
@@ -324,13 +249,14 @@ def _run_ray(plan: _Plan, shards: Sequence[str], tally: _Tally, run: tracking.Ru
     return records
 
 
-def _stream(plan: _Plan, shards: Sequence[str], num_readers: int) -> Iterator[dict[str, Any]]:
+def _stream(plan: Plan, shards: Sequence[str], num_readers: int) -> Iterator[dict[str, Any]]:
     """Entries of slices and ends of shards, in the order in which they are done."""
     import ray.data
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # our own progress lines say what its plans and bars say
-    reader: Any = functools.partial(_read_shards, plan=plan)
+    rules = SliceRules(plan.config.pairs_as, plan.config.slice_samples, plan.config.slice_bytes)
+    reader: Any = functools.partial(read_shards, rules=rules)
     items = [{"shard": shard} for shard in shards]
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = MAX_BLOCK_BYTES
@@ -346,7 +272,7 @@ def _stream(plan: _Plan, shards: Sequence[str], num_readers: int) -> Iterator[di
                 compute=TaskPoolStrategy(size=num_readers),
             )
             .map_batches(
-                _SliceEncoder,
+                SliceEncoder,
                 fn_constructor_args=(plan,),
                 batch_size=None,
                 batch_format="pyarrow",
@@ -362,153 +288,6 @@ def _stream(plan: _Plan, shards: Sequence[str], num_readers: int) -> Iterator[di
                 if row["kind"] == "failure":
                     raise getattr(errors, row["error"])(row["message"])
                 yield row
-
-
-def _failure(error: NexusgenError) -> dict[str, Any]:
-    """An error that ends the job (a full disk, an S3 that is down) as a row: through Ray its type would be lost."""
-    return {"kind": "failure", "error": type(error).__name__, "message": str(error)}
-
-
-def _read_shards(batch: pa.Table, plan: _Plan) -> Iterator[pa.Table]:
-    """Ray Data stage: names of shards in, pickled slices and ends of shards out, one row each."""
-    for shard in batch.column("shard").to_pylist():
-        try:
-            for item in read_slices(shard, plan.config):
-                yield _packed(item)
-        except NexusgenError as error:
-            yield _packed(_failure(error))
-
-
-def _packed(item: _Slice | dict[str, Any]) -> pa.Table:
-    return pa.table({"item": pa.array([pickle.dumps(item)], pa.large_binary())})
-
-
-def read_slices(shard: str, config: EmbedConfig) -> Iterator[_Slice | dict[str, Any]]:
-    """A shard as slices, then a mapping that says how it ended."""
-    reader = ShardReader(shard, ReadOptions(pairs_as=config.pairs_as))
-    samples: list[Sample] = []
-    rejected: list[QuarantineRow] = []
-    num_bytes = index = 0
-    # Taken before reading: a shard that changes meanwhile then differs from its record.
-    before = _stat(shard)
-    for item in reader:
-        if isinstance(item, QuarantineRow):
-            rejected.append(item)
-            continue
-        size = sum(map(len, item.images))
-        if samples and (len(samples) >= config.slice_samples or num_bytes + size > config.slice_bytes):
-            yield _Slice(shard, index, tuple(samples), tuple(rejected))
-            samples, rejected, num_bytes, index = [], [], 0, index + 1
-        samples.append(item)
-        num_bytes += size
-    if samples or rejected:
-        yield _Slice(shard, index, tuple(samples), tuple(rejected))
-        index += 1
-    yield {
-        "kind": "shard",
-        "shard": shard,
-        "digest": reader.digest,
-        "num_bytes": reader.num_bytes,
-        "num_ignored": reader.num_ignored,
-        "stat": before,
-        "num_slices": index,
-    }
-
-
-class _SliceEncoder:
-    """Ray Data stage: pickled slices in, their manifest entries out; the model is loaded once per actor."""
-
-    def __init__(self, plan: _Plan) -> None:
-        self.plan = plan
-        self.encoder: Encoder | None = None
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        entries = []
-        for data in batch.column("item").to_pylist():
-            item = pickle.loads(data)  # our own reader's bytes, never the shard's
-            try:
-                entry = self._encode(item) if isinstance(item, _Slice) else item
-            except NexusgenError as error:
-                entry = _failure(error)
-            entries.append(json.dumps(entry))
-        return pa.table({"entry": pa.array(entries, pa.string())})
-
-    def _encode(self, item: _Slice) -> dict[str, Any]:
-        known = _read_json(storage.join(self.plan.folder, embedded.ENTRIES_FOLDER, f"{item.name}.json"))
-        if known is not None and is_current(self.plan, item, known):
-            return known | {"is_reused": True}
-        if self.encoder is None:
-            self.encoder = self._load()
-        return write_slice(self.plan, item, self.encoder, self.tokenizer, self.geometry)
-
-    def _load(self) -> Encoder:
-        config = self.plan.config
-        device = "cuda" if config.gpus_per_encoder else "cpu"
-        if device == "cpu":
-            torch.set_num_threads(1)
-        folder = resolve_model(config.model, config.storage)
-        part = "vae" if config.mode == "latents" else "autoregressive"
-        model = load_model(folder, [part], _compute_dtype(config), device)
-        self.geometry: Geometry = model.manifest.geometry
-        self.tokenizer = model.tokenizer or load_tokenizer(folder / "autoregressive")
-        if config.mode == "latents":
-            assert model.autoencoder is not None
-            max_pixels = config.batch_patches * model.manifest.geometry.patch_size**2
-            return LatentEncoder(model.autoencoder, model.manifest.image_size, max_pixels, device)
-        assert model.autoregressive is not None
-        if config.mode == "vision":
-            return VisionEncoder(model.autoregressive, config.batch_patches)
-        return PredictionEncoder(model.autoregressive, config.batch_patches, int(self.tokenizer.pad_token_id))
-
-
-def is_current(plan: _Plan, item: _Slice, entry: dict[str, Any]) -> bool:
-    """Whether a slice was made from this input by this encoder and configuration, and its file is there."""
-    wanted = {"content": item.digest, "dropped": _dropped_of(plan, item), **plan.stamp}
-    if {key: entry.get(key) for key in wanted} != wanted:
-        return False
-    uri = storage.join(plan.folder, entry["file"])
-    return bool(entry["num_rows"] == 0 or (storage.exists(uri) and storage.stat(uri).size == entry["num_bytes"]))
-
-
-def _dropped_of(plan: _Plan, item: _Slice) -> list[str]:
-    return sorted({sample.key for sample in item.samples} & plan.dropped)
-
-
-def write_slice(plan: _Plan, item: _Slice, encoder: Encoder, tokenizer: Any, geometry: Geometry) -> dict[str, Any]:
-    """Encode a slice, write its rows and its quarantine, then enter it. Gives the entry."""
-    config = plan.config
-    made = encode_slice(item.samples, encoder, tokenizer, geometry, config.dtype, config.decode_threads)
-    # Samples that were taken down are encoded, too: what shares a batch, and so every bit of the rest, stays the same.
-    dropped = _dropped_of(plan, item)
-    table, taken_down = takedowns.drop_rows(made.table, dropped)
-    rejected = [*item.rejected, *made.rejected, *taken_down]
-    data = embedded.to_parquet(table)
-    file = f"{item.name}.parquet"
-    if table.num_rows:
-        storage.write_bytes_atomic(storage.join(plan.folder, file), data)
-    quarantine_uri = storage.join(plan.folder, embedded.QUARANTINE_FOLDER, file)
-    if rejected:
-        rows = pa.Table.from_pylist([asdict(row) for row in rejected], schema=QUARANTINE_SCHEMA)
-        storage.write_bytes_atomic(quarantine_uri, embedded.to_parquet(rows))
-    else:
-        storage.delete(quarantine_uri)  # of an earlier run over other content
-    entry = {
-        "kind": "slice",
-        "shard": item.shard,
-        "index": item.index,
-        "file": file,
-        "num_rows": table.num_rows,
-        "num_bytes": data.size if table.num_rows else 0,
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "content": item.digest,
-        "dropped": dropped,
-        "fidelity": asdict(made.fidelity) if made.fidelity is not None else None,
-        "tasks": dict(Counter(table.column("task").to_pylist())),
-        "quarantined": dict(Counter(row.reason_code for row in rejected)),
-        **plan.stamp,
-    }
-    _write_json(storage.join(plan.folder, embedded.ENTRIES_FOLDER, f"{item.name}.json"), entry)
-    return entry
 
 
 # ---- the account ----------------------------------------------------------------------------------------------------
@@ -587,7 +366,7 @@ class _Tally:
 class _Progress:
     """A line on standard error every few seconds."""
 
-    def __init__(self, plan: _Plan, num_shards: int) -> None:
+    def __init__(self, plan: Plan, num_shards: int) -> None:
         self.mode = plan.config.mode
         self.num_shards = num_shards
         self._started = self._shown = time.monotonic()
@@ -606,16 +385,16 @@ class _Progress:
         )
 
 
-def _finish_shard(plan: _Plan, end: dict[str, Any], entries: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def _finish_shard(plan: Plan, end: dict[str, Any], entries: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """Record a shard whose slices are all entered; one that couldn't be read whole is tried again next time."""
     record = {**end, "slices": [entries[index] for index in sorted(entries)], **plan.stamp}
     if end["digest"]:
         name = f"{shard_name(end['shard'])}.json"
-        _write_json(storage.join(plan.folder, embedded.ENTRIES_FOLDER, name), record)
+        storage.write_json(storage.join(plan.folder, embedded.ENTRIES_FOLDER, name), record)
     return record
 
 
-def _enter(plan: _Plan, shards: Sequence[str], records: dict[str, dict[str, Any]], run_id: str) -> EmbeddedManifest:
+def _enter(plan: Plan, shards: Sequence[str], records: dict[str, dict[str, Any]], run_id: str) -> EmbeddedManifest:
     """Write the data's manifest and what stands beside it; remove what an earlier run left of other shards."""
     missing = [shard for shard in shards if shard not in records]
     if missing:  # our own bug or Ray's: never enter data that lacks something
@@ -654,7 +433,7 @@ def _enter(plan: _Plan, shards: Sequence[str], records: dict[str, dict[str, Any]
     return manifest
 
 
-def _remove_stale(plan: _Plan, records: dict[str, dict[str, Any]]) -> None:
+def _remove_stale(plan: Plan, records: dict[str, dict[str, Any]]) -> None:
     entries = [entry for record in records.values() for entry in record["slices"]]
     files = {entry["file"] for entry in entries if entry["num_rows"]}
     refused = {entry["file"] for entry in entries if entry["quarantined"]}

@@ -1,4 +1,4 @@
-"""Embedded data at rest: its files, its manifest and its arrays; written by `embed`, read by training and evaluation.
+"""Embedded data at rest: its files and its manifest; written by `embed`, read by training and evaluation.
 
     STORAGE/embedded/NAME/MODE/
       STEM-HASH8-00000.parquet     one slice: columns of `schema.embedded_schema`, rows in tar order
@@ -7,8 +7,8 @@
       manifest.json                what the data consists of; written last, read first
       config.yaml run.json fingerprint      made by which configuration, MLflow run and encoder
 
-Slices of the modes of one NAME have the same file names, rows and order. Arrays are raw bytes: bfloat16 keeps every
-bit, and plain pyarrow or polars read the files.
+Slices of the modes of one NAME have the same file names, rows and order. Plain pyarrow or
+polars read the files; `arrays.py` tells what the bytes are.
 """
 
 from __future__ import annotations
@@ -21,9 +21,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from jaxtyping import Shaped
-from torch import Tensor
 
 from nexusgen.errors import InputError
 from nexusgen.schema import EmbedMode
@@ -35,8 +32,6 @@ ENTRIES_FOLDER = "_manifest"
 NUM_PARALLEL = 16  # small files read at a time: S3 takes tens of milliseconds to answer each
 ROW_GROUP_ROWS = 64  # rows read together; 64 targets of the released model are 37 MB
 _TEXT_PATHS = ("messages.list.element.content", "meta")
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.int8}
-_MAX_INT8 = 127
 
 
 @dataclass(frozen=True)
@@ -163,42 +158,6 @@ def to_parquet(table: pa.Table) -> pa.Buffer:
         write_statistics=["key", "row", "num_tokens"],
     )
     return sink.getvalue()
-
-
-def encode_array(array: Shaped[Tensor, "..."], dtype: str = "bfloat16") -> bytes:
-    """The raw little-endian bytes of an array, converted to `dtype`."""
-    flat = array.detach().to("cpu", DTYPES[dtype]).contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes()
-
-
-def decode_array(data: bytes, dtype: str, shape: Sequence[int]) -> Shaped[Tensor, "..."]:
-    """The array that `encode_array` stored; `shape` may hold one -1. Raises: InputError if the bytes don't fit it."""
-    try:
-        return torch.frombuffer(bytearray(data), dtype=DTYPES[dtype]).reshape(*shape)
-    except (KeyError, ValueError, RuntimeError) as error:
-        raise InputError(f"{len(data)} bytes don't make an array of {dtype} {tuple(shape)}: {error}") from None
-
-
-def quantise_tokens(array: Shaped[Tensor, "tokens hidden"]) -> tuple[bytes, bytes]:
-    """An array as int8 and one float32 scale per token, (data, scale): the largest number of a token becomes 127."""
-    exact = array.detach().cpu().float()
-    scale = exact.abs().amax(dim=-1, keepdim=True) / _MAX_INT8
-    rounded = (exact / scale.clamp(min=torch.finfo(torch.float32).tiny)).round().clamp(-_MAX_INT8, _MAX_INT8)
-    return encode_array(rounded, "int8"), encode_array(scale, "float32")
-
-
-def decode_entry(data: bytes, dtype: str, grid: tuple[int, int], scale: bytes = b"") -> Shaped[Tensor, "tokens hidden"]:
-    """An entry of a vision role as [h * w, hidden], float32 where it was quantised; `grid` is its (h, w) in tokens.
-
-    Raises: InputError if the bytes don't fit the grid.
-    """
-    array = decode_array(data, dtype, (grid[0] * grid[1], -1))
-    return array.float() * decode_array(scale, "float32", (len(array), 1)) if dtype == "int8" else array
-
-
-def decode_latents_entry(data: bytes, dtype: str, grid: tuple[int, int]) -> Shaped[Tensor, "channels height width"]:
-    """An entry of the role `latents` as [channels, h, w]; `grid` is its (h, w) in latent pixels."""
-    return decode_array(data, dtype, (-1, *grid))
 
 
 def check_modes_agree(storage_uri: str, name: str, modes: Sequence[EmbedMode]) -> None:

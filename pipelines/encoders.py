@@ -23,12 +23,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nexusgen.errors import SampleError
-from nexusgen.images import Geometry, crop_image, decode_image, image_for_role, input_size, to_patches, to_pixels
+from nexusgen.geometry import Geometry
+from nexusgen.images import crop_image, decode_image, image_for_role, input_size, to_patches, to_pixels
+from nexusgen.messages import image_roles
 from nexusgen.model.autoencoder import ImageAutoencoder, encode_latents
 from nexusgen.model.autoregressive import AutoregressiveModel, collate_conversations
-from nexusgen.prompts import Conversation, encode_conversation, image_roles
+from nexusgen.prompts import Conversation, encode_conversation
 from nexusgen.schema import IMAGE_MARK, QuarantineRow, Sample, StoredDtype, Task, embedded_schema
-from pipelines.embedded import decode_entry, encode_array, quantise_tokens
+from pipelines.arrays import decode_entry, encode_array, quantise_tokens
 
 LATENTS_ROLE = "latents"
 PREDICTED_ROLE = "predicted"

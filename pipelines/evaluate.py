@@ -20,7 +20,8 @@ import torch
 from pydantic import Field, model_validator
 
 from nexusgen.config import Config, dump_config
-from nexusgen.model.weights import DRAWING_PARTS, Manifest, load_model, read_manifest
+from nexusgen.model.manifest import Manifest, read_manifest
+from nexusgen.model.weights import DRAWING_PARTS, load_model
 from pipelines import embedded, registry, runtime, storage, tracking
 from pipelines.runtime import JobReport
 from pipelines.suites import DemoWorldSuite, EvaluationSuite, RetrievalSuite, Row, Unit

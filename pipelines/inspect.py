@@ -24,9 +24,11 @@ from PIL import Image
 
 from nexusgen import defaults
 from nexusgen.errors import SampleError
-from nexusgen.images import Geometry, decode_image, input_size
-from nexusgen.model.weights import demo_base
-from nexusgen.prompts import image_roles, load_tokenizer
+from nexusgen.geometry import Geometry
+from nexusgen.images import decode_image, input_size
+from nexusgen.messages import image_roles
+from nexusgen.model.manifest import demo_base
+from nexusgen.prompts import load_tokenizer
 from nexusgen.schema import IMAGE_MARK, TASKS, Message, QuarantineRow, Sample
 from pipelines.shards import ReadOptions, ShardReader, list_shards
 from pipelines.sheets import PICTURE_PX

@@ -37,7 +37,7 @@ from pyarrow import fs
 
 from nexusgen.errors import ConfigError, InputError, SampleError
 from nexusgen.images import FORMATS
-from nexusgen.prompts import generation_messages, understanding_messages
+from nexusgen.messages import generation_messages, understanding_messages
 from nexusgen.schema import Message
 from pipelines import storage
 from pipelines.shards import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, guess_language, list_shards, parse_record, parse_sample

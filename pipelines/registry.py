@@ -34,7 +34,7 @@ from pydantic import Field, ValidationError
 
 from nexusgen.config import Config, dump_config
 from nexusgen.errors import ConfigError, FingerprintError, GateError, InputError, ModelError, UsageError
-from nexusgen.model.weights import assemble_model, demo_base, read_manifest
+from nexusgen.model.manifest import demo_base, read_manifest
 from nexusgen.schema import MANIFEST_NAME
 from pipelines import checkpoint, storage, tracking
 from pipelines.checkpoint import Checkpoint
@@ -298,6 +298,8 @@ def _publish(config: RegisterConfig, base: Path, trained: dict[str, Checkpoint],
             for stage, found in trained.items()
         }
         out = Path(scratch) / "model"
+        from nexusgen.model.weights import assemble_model  # torch, which no other command of the registry needs
+
         manifest = assemble_model(
             base,
             out,

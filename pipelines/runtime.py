@@ -200,6 +200,7 @@ def _start_ray(address: str | None, local_cpus: int | None) -> None:
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(MIN_LOCAL_CPUS))  # fewer, and Ray warns of many
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # idle workers, a second of two cores for each two
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 lets anything else on a busy laptop starve the job
     if address:
         _check_reachable(address)

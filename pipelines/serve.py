@@ -35,7 +35,7 @@ from nexusgen.errors import ModelError, ResourceError
 from pipelines import api, registry, runtime, storage
 
 if TYPE_CHECKING:
-    from nexusgen.model.weights import Manifest
+    from nexusgen.model.manifest import Manifest
 
 APP_NAME = "nexusgen"
 INGRESS_CPUS = 0.25

@@ -39,7 +39,7 @@ from fnmatch import fnmatchcase
 from typing import Any, BinaryIO, Literal, Protocol, cast
 
 from nexusgen.errors import ConfigError, InputError, SampleError
-from nexusgen.prompts import (
+from nexusgen.messages import (
     MAX_PROMPT_CHARACTERS,
     generation_messages,
     task_of,

@@ -19,9 +19,10 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from nexusgen.errors import FingerprintError, InputError
-from nexusgen.model.weights import Manifest
+from nexusgen.model.manifest import Manifest
 from nexusgen.schema import ROLE_PARTS, TASKS, EmbedMode, Message
 from pipelines import embedded, storage
+from pipelines.arrays import decode_entry, decode_latents_entry
 from pipelines.batches import Rows, RowTable
 from pipelines.checkpoint import DataInput
 from pipelines.embedded import EmbeddedManifest, SliceInfo
@@ -239,5 +240,5 @@ def _images(columns: dict[str, list[Any]], place: int, role: str) -> tuple[Store
 
 def _array(role: str, data: bytes, dtype: str, grid: tuple[int, int], scale: bytes) -> Shaped[Tensor, "..."]:
     if role == "latents":
-        return embedded.decode_latents_entry(data, dtype, grid)
-    return embedded.decode_entry(data, dtype, grid, scale)
+        return decode_latents_entry(data, dtype, grid)
+    return decode_entry(data, dtype, grid, scale)

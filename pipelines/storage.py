@@ -16,6 +16,7 @@ import functools
 import hashlib
 import io
 import itertools
+import json
 import logging
 import os
 import random
@@ -24,7 +25,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -294,6 +295,22 @@ def write_bytes_atomic(uri: str, data: bytes | pa.Buffer) -> None:
         raise ResourceError(
             f"cannot write {uri}: {error.strerror or error}; check the path, its rights and the space"
         ) from (error)
+
+
+def write_json(uri: str, value: Mapping[str, Any]) -> None:
+    """Write a small JSON file, seen whole or not at all. Raises: ResourceError if that fails."""
+    write_bytes_atomic(uri, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def find_json(uri: str) -> dict[str, Any] | None:
+    """The object in a small JSON file; None where there is none that can be read."""
+    if not exists(uri):
+        return None
+    try:
+        value = json.loads(read_bytes(uri))
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def list_files(uri: str, *, recursive: bool = False) -> list[str]:

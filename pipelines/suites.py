@@ -29,11 +29,13 @@ from nexusgen.config import Config
 from nexusgen.errors import FingerprintError, InputError, ModelError
 from nexusgen.images import decode_image
 from nexusgen.model.autoregressive import collate_conversations
-from nexusgen.model.weights import Manifest, Model
+from nexusgen.model.manifest import Manifest
+from nexusgen.model.weights import Model
 from nexusgen.prompts import encode_conversation
 from nexusgen.sampling import decode_embeddings, describe, generate_images
 from nexusgen.schema import IMAGE_MARK, ROLE_PARTS, Message, Sample
 from pipelines import embedded
+from pipelines.arrays import decode_entry
 from pipelines.shards import ShardReader
 from pipelines.sheets import Cell, draw_sheet, is_drawable
 
@@ -490,7 +492,7 @@ def _stored_images(row: Row, role: str) -> list[tuple[int, tuple[int, int], Tens
     scales = row[f"{role}_scale"] or [b""] * len(arrays)  # empty unless quantised
     for index, (height, width), data, scale in zip(row[f"{role}_index"], grids, arrays, scales, strict=True):
         grid = (int(height), int(width))
-        images.append((int(index), grid, embedded.decode_entry(data, row[f"{role}_dtype"], grid, scale).float()))
+        images.append((int(index), grid, decode_entry(data, row[f"{role}_dtype"], grid, scale).float()))
     return images
 
 

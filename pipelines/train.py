@@ -33,7 +33,7 @@ from nexusgen.config import Config, dump_config
 from nexusgen.errors import ConfigError, ModelError, NexusgenError
 from nexusgen.flow_matching import LevelDensity
 from nexusgen.losses import LossPart, total_loss
-from nexusgen.model.weights import Manifest, read_manifest
+from nexusgen.model.manifest import Manifest, read_manifest
 from nexusgen.schema import Task
 from pipelines import checkpoint, storage, tracking
 from pipelines.batches import Batch, BatchRule, Plan, check_world_size, iterate
@@ -169,7 +169,7 @@ def train(config: TrainConfig, parent_run_id: str | None = None) -> JobReport:
                 run.log_dataset_input(entry.name, entry.uri, entry.digest, run_id=entry.run_id)
             storage.write_bytes_atomic(storage.join(place, "config.yaml"), dump_config(config).encode())
             inputs = [entry.model_dump() for entry in data.inputs]
-            checkpoint.write_json(storage.join(place, "run.json"), {"run_id": run.run_id, "inputs": inputs})
+            storage.write_json(storage.join(place, "run.json"), {"run_id": run.run_id, "inputs": inputs})
             with _shown_progress(config, place):
                 _fit(config, run.run_id, place)
             done = checkpoint.latest(place)
@@ -617,4 +617,4 @@ class _Follower:
                 "samples_per_s": sum(record.num_samples for record in self._window) / seconds,
                 "steps_per_s": len(self._window) / seconds,
             }
-        checkpoint.write_json(storage.join(self._place, "progress.json"), self._progress | {"step": step})
+        storage.write_json(storage.join(self._place, "progress.json"), self._progress | {"step": step})

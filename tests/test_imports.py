@@ -102,3 +102,9 @@ def test_the_command_line_is_light(tmp_path: Path) -> None:
     """`nexusgen --help` and a misspelt option wait for no library."""
     seen = import_watched(["jobs.cli"], tmp_path)
     assert {"torch", "transformers", "diffusers", "ray", "mlflow", "pyarrow"}.isdisjoint(seen["packages"])
+
+
+def test_a_job_and_its_readers_start_without_torch(tmp_path: Path) -> None:
+    """The driver of `embed` and its reading workers need none of the model's libraries."""
+    seen = import_watched(["jobs.embed", "pipelines.embed", "pipelines.slices"], tmp_path)
+    assert {"torch", "transformers", "diffusers", "ray", "mlflow"}.isdisjoint(seen["packages"])

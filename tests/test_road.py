@@ -23,7 +23,8 @@ from tiny_training import make_tiny_model
 
 from jobs import cli
 from jobs.command import DEMO_CONFIGS
-from nexusgen.model.weights import demo_base, load_model
+from nexusgen.model.manifest import demo_base
+from nexusgen.model.weights import load_model
 from pipelines import embedded, serve, tracking
 
 # Small enough for a minute, and still every job with its real work.

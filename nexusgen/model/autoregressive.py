@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLTextConfig
 
-from nexusgen.images import Geometry
+from nexusgen.geometry import Geometry
 from nexusgen.prompts import IGNORED_LABEL, Conversation
 
 

@@ -25,13 +25,11 @@ from nexusgen.config import Config
 from nexusgen.errors import ModelError, ShapeError
 from nexusgen.flow_matching import VelocityFunction, guide
 from nexusgen.model.conditioners import EditingConditioner, GenerationConditioner, MergerConfig
+from nexusgen.model.manifest import Numerics
 from nexusgen.model.tensors import iterate_file, iterate_tensors, load_strictly, save_tensors
 from nexusgen.positions import TokenPositions, flux_image_ids, flux_token_ids
 
 ConditionerKind = Literal["generation", "editing"]
-# How a decoder in bf16 treats numbers that aren't weights. `reference`: guidance, rope ids of the context and the
-# frequencies of the merger are rounded to bf16, as when the released weights were trained and run. `exact`: in fp32.
-Numerics = Literal["reference", "exact"]
 # How the linear layers of the transformer's blocks are stored: a byte for each number, brought to the decoder's dtype
 # while a layer computes. Everything else keeps the dtype.
 Quantisation = Literal["fp8"]

@@ -30,7 +30,8 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig
 from nexusgen import defaults
 from nexusgen.errors import InputError, ModelError
 from nexusgen.flow_matching import make_scheduler
-from nexusgen.images import Geometry, image_processor
+from nexusgen.geometry import Geometry
+from nexusgen.images import image_processor
 from nexusgen.model import flux as flux_files
 from nexusgen.model.autoregressive import AutoregressiveModel
 from nexusgen.model.conditioners import MergerConfig
@@ -40,12 +41,12 @@ from nexusgen.model.decoder import (
     ConditionerKind,
     DecoderConfig,
     VisionDecoder,
-    make_conditioner,
     read_decoder_config,
     write_decoder_config,
 )
 from nexusgen.model.decoder_keys import RELEASED_CONDITIONERS, from_released, to_released
 from nexusgen.model.flux import State
+from nexusgen.model.manifest import Manifest, read_manifest
 from nexusgen.model.prompt_constants import compute_prompt_constants, missing_encoders
 from nexusgen.model.tensors import (
     check_tensors,
@@ -56,14 +57,7 @@ from nexusgen.model.tensors import (
     save_tensors,
     write_weights,
 )
-from nexusgen.model.weights import (
-    DECODER_FOLDERS,
-    Manifest,
-    read_autoregressive_config,
-    read_manifest,
-    released_key,
-    write_manifest,
-)
+from nexusgen.model.weights import DECODER_FOLDERS, read_autoregressive_config, released_key, write_manifest
 
 DECODER_FILES = {"generation_decoder": "generation_decoder.bin", "editing_decoder": "edit_decoder.bin"}
 IMAGE_SIZE = (512, 512)  # (height, width) in pixels; what both released decoders were trained at
@@ -93,7 +87,10 @@ def _say_nothing(_: str) -> None:
 
 @dataclass(frozen=True)
 class _Decoder:
-    """A decoder found in released files: its sizes (on meta) and its tensors, mapped, under our names."""
+    """A decoder found in released files: its sizes (on meta) and its tensors, mapped, under our names.
+
+    Without a conditioner's tensors it is given fresh ones when it is written.
+    """
 
     model: VisionDecoder
     state: State
@@ -274,12 +271,7 @@ def _untrained_decoder(
     config = _decoder_config(kind, embedding_dim, sizes["joint_attention_dim"], merger)
     with torch.device("meta"):
         decoder = VisionDecoder(config, FluxTransformer2DModel.from_config(sizes))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_SEED)
-        conditioner = make_conditioner(config).state_dict()
-    dtype = transformer["x_embedder.weight"].dtype
-    fresh = {_CONDITIONER + name: tensor.to(dtype) for name, tensor in conditioner.items()}
-    return _Decoder(decoder, fresh | {_TRANSFORMER + name: tensor for name, tensor in transformer.items()})
+    return _Decoder(decoder, {_TRANSFORMER + name: tensor for name, tensor in transformer.items()})
 
 
 def _decoder_config(
@@ -395,7 +387,12 @@ def _write_decoder(decoder: _Decoder, folder: Path, shares_in: Path | None) -> N
     """Write a decoder's folder. Decoders that start from one transformer share its files inside `shares_in`."""
     folder.mkdir(parents=True)
     write_decoder_config(decoder.model.config, folder)
-    write_weights(_under(decoder.state, _CONDITIONER), folder, "conditioner")
+    conditioner = _under(decoder.state, _CONDITIONER)
+    with tempfile.TemporaryDirectory(prefix=".fresh-", dir=folder.parent) as scratch:
+        if not conditioner:
+            dtype = decoder.state[_TRANSFORMER + "x_embedder.weight"].dtype
+            conditioner = _fresh_conditioner(decoder.model.conditioner, dtype, Path(scratch))
+        write_weights(conditioner, folder, "conditioner")
     transformer = folder / "transformer"
     first = shares_in / DECODER_FOLDERS["generation_decoder"] / "transformer" if shares_in is not None else transformer
     if first.is_dir():
@@ -403,6 +400,34 @@ def _write_decoder(decoder: _Decoder, folder: Path, shares_in: Path | None) -> N
         return
     write_weights(_under(decoder.state, _TRANSFORMER), transformer, TRANSFORMER_STEM)
     decoder.model.transformer.to_json_file(transformer / "config.json")
+
+
+def _fresh_conditioner(conditioner: torch.nn.Module, dtype: torch.dtype, scratch: Path) -> State:
+    """torch's own random weights, from a fixed seed, of a conditioner on meta; they lie in files inside `scratch`.
+
+    A module at a time: whole and in fp32, the released editing conditioner takes 1.5 GB.
+    """
+    state: State = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_SEED)
+        for prefix, module in conditioner.named_modules():
+            empty = {name: torch.empty(p.shape) for name, p in module.named_parameters(recurse=False)}
+            for name, tensor in empty.items():
+                setattr(module, name, torch.nn.Parameter(tensor))
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+            for name, tensor in empty.items():
+                if not hasattr(module, "reset_parameters"):
+                    torch.nn.init.ones_(tensor)  # Qwen's norms, the only such modules
+                setattr(module, name, torch.nn.Parameter(tensor.to("meta")))
+                key = f"{prefix}.{name}"
+                state[key] = _in_file(scratch / key, tensor.shape, dtype).copy_(tensor)
+    return state
+
+
+def _in_file(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Shaped[Tensor, "..."]:
+    """An empty tensor whose memory is a file's."""
+    return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).reshape(tuple(shape))
 
 
 def _link_or_copy(source: str, target: str) -> None:
@@ -480,9 +505,7 @@ def _export_decoder(folder: Path, file: Path) -> None:
         def join(parts: list[Shaped[Tensor, "..."]]) -> Shaped[Tensor, "..."]:
             """`torch.cat` into a file: torch.save needs all tensors at once, and memory can't hold these."""
             shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
-            path = Path(scratch) / str(next(numbers))
-            joined = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=parts[0].dtype)
-            return torch.cat(parts, out=joined.reshape(shape))
+            return torch.cat(parts, out=_in_file(Path(scratch) / str(next(numbers)), shape, parts[0].dtype))
 
         torch.save(to_released(state, kind, join), file)
 

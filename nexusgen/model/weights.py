@@ -6,6 +6,7 @@ this folder; `nexusgen.json` (the `Manifest`) says which parts are present, thei
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import hashlib
 import json
@@ -20,18 +21,17 @@ from typing import Any, Literal
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from jaxtyping import Shaped
-from pydantic import Field, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig
 
-from nexusgen import __version__
-from nexusgen.config import Config
 from nexusgen.errors import ModelError
-from nexusgen.images import Geometry, image_processor
+from nexusgen.geometry import Geometry
+from nexusgen.images import image_processor
 from nexusgen.model.autoencoder import ImageAutoencoder, load_autoencoder
 from nexusgen.model.autoregressive import AutoregressiveModel
-from nexusgen.model.decoder import Numerics, Quantisation, VisionDecoder, load_decoder, save_decoder
+from nexusgen.model.decoder import Quantisation, VisionDecoder, load_decoder, save_decoder
+from nexusgen.model.manifest import Manifest, Numerics, read_manifest
 from nexusgen.model.tensors import iterate_file, iterate_tensors, load_strictly, save_tensors
 from nexusgen.prompts import load_tokenizer
 from nexusgen.schema import MANIFEST_NAME
@@ -55,6 +55,7 @@ _SMALL_FILES = (
     "scheduler/scheduler_config.json",
     "prompt_constants.safetensors",
 )
+_C_LIBRARY = ctypes.CDLL(None)
 _WRITTEN_BY = ("transformers_version", "_diffusers_version", "_name_or_path")  # in a config, of no consequence
 _RELEASED_TO_MODULE = (
     (re.compile(r"^visual\."), "qwen.model.visual."),
@@ -66,22 +67,6 @@ _MODULE_TO_RELEASED = (
     (re.compile(r"^qwen\.model\.language_model\."), "model."),
     (re.compile(r"^qwen\.lm_head\."), "lm_head."),
 )
-
-
-class Manifest(Config):
-    """`nexusgen.json`: what a model folder holds and where it came from."""
-
-    version: str = __version__
-    parts: tuple[str, ...]
-    fingerprints: dict[str, str]  # sha256 by part, over names, shapes and bytes of its tensors; `vision` is the tower's
-    fingerprint: str  # of the whole folder: sha256 over the parts' fingerprints
-    geometry: Geometry
-    token_counts: dict[str, int] = Field(default_factory=dict)  # of an image in the roles `target` and `reference`
-    image_size: tuple[int, int]  # (height, width) in pixels that the decoder makes by default
-    num_inference_steps: int
-    true_cfg_scale: float
-    numerics: Numerics = "reference"
-    lineage: dict[str, Any] = Field(default_factory=dict)
 
 
 @dataclass
@@ -121,8 +106,7 @@ class Model:
         self.autoregressive = self.generation_decoder = self.editing_decoder = self.autoencoder = None
         self._half = None
         gc.collect()  # modules refer to each other in circles
-        if torch.device(self.device).type == "cuda":
-            torch.cuda.empty_cache()
+        _give_back_memory(self.device)
         self._load(HALVES[half])
         self._half = half
 
@@ -137,6 +121,14 @@ class Model:
             else:
                 folder = self.folder / DECODER_FOLDERS[part]
                 setattr(self, part, load_decoder(folder, self.dtype, self.device, self.numerics, self.quantise))
+
+
+def _give_back_memory(device: torch.device | str) -> None:
+    """What was freed goes back to the system: torch keeps a GPU's memory, glibc keeps small pieces of main memory."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+    elif hasattr(_C_LIBRARY, "malloc_trim"):
+        _C_LIBRARY.malloc_trim(0)
 
 
 def module_key(released: str) -> str:
@@ -155,22 +147,6 @@ def _rename(name: str, rules: Sequence[tuple[re.Pattern[str], str]]) -> str:
         if count:
             return renamed
     return name
-
-
-def demo_base() -> Path:
-    """The tiny base model that ships with the project; made by `nexusgen make-base`."""
-    return Path(__file__).parent.parent / "demo_base"
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Raises: ModelError if the folder has no readable `nexusgen.json`."""
-    path = folder / MANIFEST_NAME
-    if not path.is_file():
-        raise ModelError(f"{folder} is not a model folder: it holds no {MANIFEST_NAME}")
-    try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
-    except (ValidationError, ValueError) as error:
-        raise ModelError(f"{path} can't be read as a model manifest: {error}") from None
 
 
 def load_model(

@@ -24,7 +24,7 @@ from jobs.command import DEMO_CONFIGS, Outcome
 from nexusgen.comparison import Case
 from nexusgen.config import load_config
 from nexusgen.errors import ConfigError, GateError, InputError, ModelError, UsageError
-from nexusgen.model.weights import read_manifest
+from nexusgen.model.manifest import read_manifest
 from pipelines.embed import EmbedConfig
 from pipelines.evaluate import EvaluateConfig
 from pipelines.pack import PackConfig

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nexusgen.images import Geometry
+from nexusgen.geometry import Geometry
 from nexusgen.losses import AUTOREGRESSIVE_WEIGHTS, autoregressive_losses, total_loss
 from nexusgen.model.autoregressive import AutoregressiveModel, collate_conversations
 from nexusgen.model.weights import load_autoregressive, read_autoregressive_config, released_key

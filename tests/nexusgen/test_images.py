@@ -18,8 +18,8 @@ from PIL import ExifTags, Image, ImageCms, features
 from safetensors.numpy import load_file
 
 from nexusgen.errors import SampleError, ShapeError
+from nexusgen.geometry import Geometry
 from nexusgen.images import (
-    Geometry,
     crop_image,
     decode_image,
     encode_picture,

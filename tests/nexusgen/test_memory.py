@@ -12,7 +12,8 @@ import torch
 
 from nexusgen.errors import ModelError, ResourceError
 from nexusgen.memory import GB, HalfPlan, MemoryPlan, free_bytes, plan_memory, weight_bytes, working_bytes
-from nexusgen.model.weights import DRAWING_PARTS, demo_base, load_model
+from nexusgen.model.manifest import demo_base
+from nexusgen.model.weights import DRAWING_PARTS, load_model
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,8 @@
 import numpy as np
 import pytest
 
-from nexusgen import prompts
-from nexusgen.errors import InputError, ModelError, SampleError, ShapeError
-from nexusgen.prompts import (
-    IGNORED_LABEL,
-    encode_conversation,
-    encode_prompt,
-    encode_text,
-    encode_turn,
-    generation_messages,
-    load_tokenizer,
-    task_of,
-    understanding_messages,
-    validate_messages,
-)
+from nexusgen.errors import InputError, ModelError, ShapeError
+from nexusgen.prompts import IGNORED_LABEL, encode_conversation, encode_prompt, encode_text, encode_turn, load_tokenizer
 from nexusgen.schema import Message
 
 GENERATION = (Message("user", "Draw: a red star"), Message("assistant", "Here it is: <image>"))
@@ -29,13 +17,6 @@ def tokenizer(tiny_tokenizer_folder):
 
 def decoded(tokenizer, ids):
     return tokenizer.decode(ids, skip_special_tokens=False)
-
-
-def test_task_is_who_says_images():
-    assert task_of(GENERATION) == "generation"
-    assert task_of(EDITING) == "editing"
-    assert task_of(UNDERSTANDING) == "understanding"
-    assert task_of((Message("user", "hello"), Message("assistant", "hi"))) == "understanding"
 
 
 def test_template_is_qwens(tokenizer):
@@ -151,33 +132,3 @@ def test_a_prompt_of_100_000_characters_is_refused_with_the_numbers(tokenizer):
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(ModelError, match=r"tokenizer_config\.json"):
         load_tokenizer(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("messages", "num_images", "code"),
-    [
-        ((), 0, "messages_invalid"),
-        (UNDERSTANDING[:1], 1, "messages_invalid"),
-        (UNDERSTANDING[1:], 0, "messages_invalid"),
-        ((UNDERSTANDING[0], UNDERSTANDING[0]), 2, "messages_invalid"),
-        (UNDERSTANDING, 0, "messages_invalid"),
-        (UNDERSTANDING, 2, "messages_invalid"),
-        ((UNDERSTANDING[0], Message("assistant", "  ")), 1, "text_invalid"),
-        ((UNDERSTANDING[0], Message("assistant", "\ud83d")), 1, "text_invalid"),
-        ((*UNDERSTANDING, Message("system", "late")), 1, "messages_invalid"),
-        ((Message("system", "<image>"), *UNDERSTANDING), 2, "messages_invalid"),
-    ],
-)
-def test_bad_conversations_have_a_reason(messages, num_images, code):
-    with pytest.raises(SampleError) as caught:
-        validate_messages(messages, num_images)
-    assert caught.value.reason_code == code
-
-
-@pytest.mark.parametrize("lang", ["en", "zh", "fr"])
-def test_captions_become_conversations(lang):
-    for make, task in ((generation_messages, "generation"), (understanding_messages, "understanding")):
-        messages = make("a <image> of a cat", lang)
-        validate_messages(messages, 1)
-        assert task_of(messages) == task
-    assert prompts.plain_text("<image>") != "<image>"

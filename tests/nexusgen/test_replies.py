@@ -9,7 +9,7 @@ from transformers import Qwen2_5_VLConfig
 
 from nexusgen.comparison import TOKEN_MARGIN
 from nexusgen.errors import InputError, ShapeError
-from nexusgen.images import Geometry
+from nexusgen.geometry import Geometry
 from nexusgen.model.autoregressive import AutoregressiveModel
 from nexusgen.model.weights import load_autoregressive
 from nexusgen.positions import conversation_positions

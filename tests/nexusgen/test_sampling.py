@@ -12,7 +12,8 @@ from nexusgen.errors import InputError, ModelError
 from nexusgen.images import input_image, to_patches
 from nexusgen.model.conditioners import MergerConfig
 from nexusgen.model.decoder import DecoderConfig, VisionDecoder, save_decoder
-from nexusgen.model.weights import load_model, read_manifest, write_manifest
+from nexusgen.model.manifest import read_manifest
+from nexusgen.model.weights import load_model, write_manifest
 from nexusgen.prompts import encode_prompt
 from nexusgen.replies import ImageMode, Prompt, SamplingParams, generate_replies
 from nexusgen.sampling import (

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from nexusgen import shapes
-from nexusgen.prompts import task_of, validate_messages
+from nexusgen.messages import task_of, validate_messages
 from nexusgen.schema import TASKS
 from nexusgen.scoring import STRICT_OVERLAP, read_scene
 

@@ -9,15 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from nexusgen.base_training import BaseSchedule, make_base
 from nexusgen.errors import ModelError
-from nexusgen.model.weights import (
-    assemble_model,
-    demo_base,
-    load_model,
-    module_key,
-    read_manifest,
-    released_key,
-    tensors_fingerprint,
-)
+from nexusgen.model.manifest import demo_base, read_manifest
+from nexusgen.model.weights import assemble_model, load_model, module_key, released_key, tensors_fingerprint
 
 
 def test_plain_transformers_and_diffusers_open_the_shipped_base(tmp_path):

@@ -12,10 +12,11 @@ from test_shards import png, record, sample_members, tar_bytes
 from tiny_training import make_tiny_model
 
 from nexusgen.errors import ConfigError, InputError, ModelError, QuarantineError, ResourceError
-from nexusgen.model.weights import read_manifest
+from nexusgen.model.manifest import read_manifest
 from pipelines import embedded, tracking
-from pipelines.embed import CHECK_EVERY, EmbedConfig, _Tally, embed, read_slices, shard_name
+from pipelines.embed import CHECK_EVERY, EmbedConfig, _Tally, embed
 from pipelines.runtime import RayCluster
+from pipelines.slices import shard_name
 
 
 @pytest.fixture(autouse=True)
@@ -165,18 +166,6 @@ def test_the_quarantined_fraction_is_looked_at_along_the_way(tmp_path: Path, bas
 def test_latents_are_not_quantised(tmp_path: Path, base: Path) -> None:
     with pytest.raises(ValueError, match="latents have no tokens"):
         a_config(tmp_path, base, "latents", dtype="int8")
-
-
-def test_slices_are_cut_by_samples_and_by_bytes(tmp_path: Path, base: Path) -> None:
-    write_tars(tmp_path)
-    shard = f"{tmp_path}/tars/b.tar"
-    sizes = [len(item.samples) for item in read_slices(shard, a_config(tmp_path, base)) if not isinstance(item, dict)]
-    assert sizes == [2, 1]
-    by_bytes = a_config(tmp_path, base, slice_bytes=1)
-    *slices, end = read_slices(shard, by_bytes)
-    assert [len(item.samples) for item in slices if not isinstance(item, dict)] == [1, 1, 1]
-    assert isinstance(end, dict)
-    assert (end["num_slices"], len(end["digest"])) == (3, 64)
 
 
 def test_wrong_settings_are_refused_before_anything_starts(tmp_path: Path, base: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from nexusgen.errors import InputError
 from nexusgen.schema import embedded_schema
-from pipelines import embedded, storage
+from pipelines import arrays, embedded, storage
 from pipelines.embedded import EmbeddedManifest, ShardInfo, SliceInfo
 
 
@@ -25,7 +25,7 @@ def a_table(num_rows: int = 3) -> pa.Table:
             "key": f"k{number}", "shard": "s", "row": number, "task": "generation", "lang": "en",
             "messages": [{"role": "user", "content": "x"}], "meta": "{}", "num_tokens": 7,
             "target_index": [0], "target_grid": [1, 2], "target_dtype": "bfloat16",
-            "target_data": [embedded.encode_array(values + number)], "target_scale": [],
+            "target_data": [arrays.encode_array(values + number)], "target_scale": [],
         }
         for number in range(num_rows)
     ]  # fmt: skip
@@ -40,15 +40,15 @@ def a_manifest(folder: str, *slices: tuple[str, int]) -> EmbeddedManifest:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_arrays_keep_every_bit(dtype: str) -> None:
-    values = torch.tensor([[float("nan"), float("inf"), -0.0], [1e-40, 3.140625, -2.0]], dtype=embedded.DTYPES[dtype])
-    back = embedded.decode_array(embedded.encode_array(values, dtype), dtype, (2, -1))
+    values = torch.tensor([[float("nan"), float("inf"), -0.0], [1e-40, 3.140625, -2.0]], dtype=arrays.DTYPES[dtype])
+    back = arrays.decode_array(arrays.encode_array(values, dtype), dtype, (2, -1))
     assert back.dtype == values.dtype
     assert torch.equal(back.view(torch.uint8), values.view(torch.uint8))
-    entry = embedded.decode_entry(embedded.encode_array(values, dtype), dtype, (1, 2))
+    entry = arrays.decode_entry(arrays.encode_array(values, dtype), dtype, (1, 2))
     assert entry.shape == (2, 3)
-    assert embedded.decode_latents_entry(embedded.encode_array(values, dtype), dtype, (1, 3)).shape == (2, 1, 3)
+    assert arrays.decode_latents_entry(arrays.encode_array(values, dtype), dtype, (1, 3)).shape == (2, 1, 3)
     with pytest.raises(InputError, match="don't make an array"):
-        embedded.decode_array(b"12345", dtype, (2, -1))
+        arrays.decode_array(b"12345", dtype, (2, -1))
 
 
 def test_parquet_stores_arrays_raw_and_is_the_same_every_time() -> None:

@@ -18,7 +18,7 @@ from nexusgen.model.autoregressive import collate_conversations
 from nexusgen.model.weights import Model, load_model
 from nexusgen.prompts import encode_conversation
 from nexusgen.schema import Message, Sample, StoredDtype, Task
-from pipelines.embedded import decode_entry, decode_latents_entry, quantise_tokens
+from pipelines.arrays import decode_entry, decode_latents_entry, quantise_tokens
 from pipelines.encoders import (
     Encoded,
     Fidelity,

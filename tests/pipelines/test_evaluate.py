@@ -12,7 +12,7 @@ from tiny_training import make_embedded, make_tiny_model
 
 from nexusgen.config import parse_config
 from nexusgen.errors import ConfigError, ModelError
-from nexusgen.model.weights import read_manifest
+from nexusgen.model.manifest import read_manifest
 from pipelines import registry, tracking
 from pipelines.evaluate import EvaluateConfig, evaluate
 

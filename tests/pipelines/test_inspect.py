@@ -8,7 +8,7 @@ from PIL import Image
 from test_shards import png, record, sample_members, tar_bytes
 
 from nexusgen.errors import InputError
-from nexusgen.model.weights import demo_base
+from nexusgen.model.manifest import demo_base
 from nexusgen.prompts import encode_text, load_tokenizer
 from pipelines import inspect as inspect_module
 from pipelines.inspect import NUM_SHOWN, Found, Shown, inspect

@@ -14,7 +14,8 @@ from servers import free_port, mlflow_server, s3_server
 from tiny_training import make_tiny_model
 
 from nexusgen.errors import ConfigError, FingerprintError, GateError, InputError, ModelError, UsageError
-from nexusgen.model.weights import load_model, read_manifest
+from nexusgen.model.manifest import read_manifest
+from nexusgen.model.weights import load_model
 from pipelines import checkpoint, registry, tracking
 from pipelines.registry import (
     PromoteConfig,

@@ -22,7 +22,8 @@ from servers import free_port
 from tiny_training import make_tiny_model
 
 from nexusgen.errors import InputError, ModelError, ResourceError
-from nexusgen.model.weights import load_model, read_manifest
+from nexusgen.model.manifest import read_manifest
+from nexusgen.model.weights import load_model
 from nexusgen.sampling import generate_images
 from pipelines import api, serve
 from pipelines.serve import BatchQueue, DrawTask, ServeConfig

@@ -10,7 +10,7 @@ from tiny_training import LATENT_SIZE, NUM_TARGET_TOKENS, make_embedded, make_ti
 from nexusgen.base_training import HIDDEN_SIZE, IMAGE_SIZE, LATENT_CHANNELS
 from nexusgen.errors import FingerprintError, InputError
 from nexusgen.losses import total_loss
-from nexusgen.model.weights import read_manifest
+from nexusgen.model.manifest import read_manifest
 from pipelines.stage_data import StageSource, open_data
 from pipelines.stages import STAGES, AutoregressiveStage, GenerationDecoderStage, StageName, StepRandom, build_stage
 

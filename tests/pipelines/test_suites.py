@@ -17,8 +17,10 @@ from tiny_training import make_embedded, make_tiny_model
 from nexusgen import shapes
 from nexusgen.base_training import IMAGE_SIZE
 from nexusgen.errors import FingerprintError, InputError
-from nexusgen.model.weights import Model, load_model, read_manifest
+from nexusgen.model.manifest import read_manifest
+from nexusgen.model.weights import Model, load_model
 from pipelines import embedded, suites
+from pipelines.arrays import decode_entry
 from pipelines.suites import DemoWorldSuite, EvaluationSuite, RetrievalSuite, find_targets
 
 WORLD = DemoWorldSuite(seed=3, steps=2, per_category=2, num_explicit=3, num_questions=2, num_pictures=4, batch_size=5)
@@ -141,7 +143,7 @@ def test_retrieval_reads_every_target_once(model: Model, tmp_path: Path) -> None
         if row["target_index"]
     ]
     for row, source in zip(rows, stored, strict=True):
-        expected = embedded.decode_entry(source["target_data"][-1], source["target_dtype"], (4, 4)).float()
+        expected = decode_entry(source["target_data"][-1], source["target_dtype"], (4, 4)).float()
         assert row["target"] == expected.numpy().tobytes()
     assert [row["output_png"] is not None for row in rows] == [n < 5 for n in range(20)]
     result = suite.summarise(rows)

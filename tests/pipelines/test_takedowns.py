@@ -10,8 +10,9 @@ from tiny_training import make_tiny_model
 
 from nexusgen.errors import InputError
 from pipelines import embedded, takedowns
-from pipelines.embed import embed, shard_name
+from pipelines.embed import embed
 from pipelines.runtime import RayCluster
+from pipelines.slices import shard_name
 
 
 @pytest.fixture(autouse=True)

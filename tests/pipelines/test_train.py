@@ -12,7 +12,8 @@ from tiny_training import make_embedded, make_tiny_model
 
 import pipelines.train as training
 from nexusgen.errors import ConfigError, FingerprintError, ModelError, NexusgenError, ResourceError
-from nexusgen.model.weights import assemble_model, load_model, read_manifest
+from nexusgen.model.manifest import read_manifest
+from nexusgen.model.weights import assemble_model, load_model
 from pipelines import checkpoint
 from pipelines.train import Ranks, StepRecord, TrainConfig, learning_rate_at, progress_line, run_training, train
 

@@ -22,13 +22,16 @@ from nexusgen.base_training import (
     train_tokenizer,
 )
 from nexusgen.flow_matching import make_scheduler
+from nexusgen.messages import task_of
 from nexusgen.model.autoencoder import fit_patch_autoencoder
 from nexusgen.model.autoregressive import AutoregressiveModel
 from nexusgen.model.decoder import VisionDecoder, initialise_for_training, save_decoder
-from nexusgen.model.weights import load_tokenizer, read_manifest, save_autoregressive, save_tensors, write_manifest
-from nexusgen.prompts import encode_conversation, task_of
+from nexusgen.model.manifest import read_manifest
+from nexusgen.model.weights import load_tokenizer, save_autoregressive, save_tensors, write_manifest
+from nexusgen.prompts import encode_conversation
 from nexusgen.schema import EmbedMode, Message, embedded_schema
 from pipelines import embedded, storage
+from pipelines.arrays import encode_array
 from pipelines.embedded import EmbeddedManifest, SliceInfo
 
 NUM_TARGET_TOKENS = GEOMETRY.num_target_tokens
@@ -130,6 +133,6 @@ def _entries(role: str, indices: list[int], grid: tuple[int, int], values: torch
         f"{role}_index": indices,
         f"{role}_grid": [side for _ in indices for side in grid],
         f"{role}_dtype": "bfloat16" if indices else "",
-        f"{role}_data": [embedded.encode_array(values) for _ in indices],
+        f"{role}_data": [encode_array(values) for _ in indices],
         f"{role}_scale": [],
     }

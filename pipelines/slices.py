@@ -1,0 +1,120 @@
+"""Slices: what embedding reads, encodes, writes and enters at a time; consecutive samples of one shard.
+
+Reader tasks run this module alone: it imports neither torch nor transformers, so that they start within a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+
+from nexusgen.errors import InputError, NexusgenError
+from nexusgen.schema import QuarantineRow, Sample
+from pipelines import storage
+from pipelines.shards import ReadOptions, ShardReader, stem_of
+
+
+@dataclass(frozen=True)
+class SliceRules:
+    """How shards are read and cut."""
+
+    pairs_as: Literal["generation", "understanding"] = "generation"  # the task of images with a text (img2dataset)
+    max_samples: int = 256
+    max_bytes: int = 64 << 20  # compressed
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Consecutive samples of one shard on their way to an encoder, with the rows quarantined among them."""
+
+    shard: str
+    index: int
+    samples: tuple[Sample, ...]
+    rejected: tuple[QuarantineRow, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{shard_name(self.shard)}-{self.index:05d}"
+
+    @property
+    def digest(self) -> str:
+        """sha256 over everything that its embedded rows depend on."""
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            texts = [sample.key, sample.row, sample.lang, [asdict(m) for m in sample.messages], sample.meta]
+            digest.update(json.dumps(texts, sort_keys=True).encode())
+            for image in sample.images:
+                digest.update(hashlib.sha256(image).digest())
+        digest.update(json.dumps([asdict(row) for row in self.rejected]).encode())
+        return digest.hexdigest()
+
+
+def shard_name(shard: str) -> str:
+    """STEM-HASH8: the name that a shard's slices begin with."""
+    return f"{stem_of(shard)}-{hashlib.sha256(shard.encode()).hexdigest()[:8]}"
+
+
+def shard_stat(shard: str) -> list[int]:
+    """Size and time of change of a shard; nothing if it isn't there."""
+    try:
+        found = storage.stat(shard)
+    except InputError:
+        return []
+    return [found.size, found.mtime_ns]
+
+
+def read_slices(shard: str, rules: SliceRules) -> Iterator[Slice | dict[str, Any]]:
+    """A shard as slices, then a mapping that says how it ended."""
+    reader = ShardReader(shard, ReadOptions(pairs_as=rules.pairs_as))
+    samples: list[Sample] = []
+    rejected: list[QuarantineRow] = []
+    num_bytes = index = 0
+    # Taken before reading: a shard that changes meanwhile then differs from its record.
+    before = shard_stat(shard)
+    for item in reader:
+        if isinstance(item, QuarantineRow):
+            rejected.append(item)
+            continue
+        size = sum(map(len, item.images))
+        if samples and (len(samples) >= rules.max_samples or num_bytes + size > rules.max_bytes):
+            yield Slice(shard, index, tuple(samples), tuple(rejected))
+            samples, rejected, num_bytes, index = [], [], 0, index + 1
+        samples.append(item)
+        num_bytes += size
+    if samples or rejected:
+        yield Slice(shard, index, tuple(samples), tuple(rejected))
+        index += 1
+    yield {
+        "kind": "shard",
+        "shard": shard,
+        "digest": reader.digest,
+        "num_bytes": reader.num_bytes,
+        "num_ignored": reader.num_ignored,
+        "stat": before,
+        "num_slices": index,
+    }
+
+
+def read_shards(batch: pa.Table, rules: SliceRules) -> Iterator[pa.Table]:
+    """Ray Data stage: names of shards in, pickled slices and ends of shards out, one row each."""
+    for shard in batch.column("shard").to_pylist():
+        try:
+            for item in read_slices(shard, rules):
+                yield _packed(item)
+        except NexusgenError as error:
+            yield _packed(failure(error))
+
+
+def failure(error: NexusgenError) -> dict[str, Any]:
+    """An error that ends the job (a full disk, an S3 that is down) as a row: through Ray its type would be lost."""
+    return {"kind": "failure", "error": type(error).__name__, "message": str(error)}
+
+
+def _packed(item: Slice | dict[str, Any]) -> pa.Table:
+    return pa.table({"item": pa.array([pickle.dumps(item)], pa.large_binary())})
