@@ -8,7 +8,7 @@ from types import TracebackType
 
 import psutil
 
-SAMPLE_S = 0.5
+SAMPLE_S = 2.0  # reading the pages of fifteen processes takes some time itself
 
 
 class PeakMemory:

@@ -278,14 +278,31 @@ def to_patches(
                 f"an image of {image.height}x{image.width} (h x w) pixels isn't made of whole tokens of "
                 f"{geometry.factor} pixels"
             )
-    processor = _image_processor(geometry.patch_size, geometry.merge_size)
-    features = processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
-    return features["pixel_values"], features["image_grid_thw"]
+    processor, normalised = _image_processor(geometry.patch_size, geometry.merge_size)
+    patches, grids = [], []
+    for image in images:
+        pixels = np.asarray(image.convert("RGB"))
+        values = np.stack([normalised[channel][pixels[:, :, channel]] for channel in range(3)])
+        of_image, rows, columns = processor.patchify(
+            values, processor.patch_size, processor.merge_size, processor.temporal_patch_size
+        )
+        patches.append(torch.from_numpy(of_image))
+        grids.append((1, rows, columns))
+    return torch.cat(patches), torch.tensor(grids)
 
 
 @functools.cache
-def _image_processor(patch_size: int, merge_size: int) -> Qwen2VLImageProcessorPil:
-    return Qwen2VLImageProcessorPil(patch_size=patch_size, merge_size=merge_size, do_resize=False)
+def _image_processor(
+    patch_size: int, merge_size: int
+) -> tuple[Qwen2VLImageProcessorPil, Float[np.ndarray, "channels 256"]]:
+    """transformers' processor, and what its rescaling and normalising make of each of a channel's 256 values.
+
+    Looked up, an image takes a third of the time that the processor takes for it, and has the same bits.
+    """
+    processor = Qwen2VLImageProcessorPil(patch_size=patch_size, merge_size=merge_size, do_resize=False)
+    levels = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
+    rescaled = processor.rescale(levels, processor.rescale_factor)
+    return processor, processor.normalize(rescaled, processor.image_mean, processor.image_std)[:, 0]
 
 
 def image_processor(geometry: Geometry) -> Qwen2VLImageProcessorPil:
