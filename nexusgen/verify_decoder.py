@@ -1,21 +1,19 @@
 """Equality of both vision decoders with the reference: conditioner, prediction, training step and Euler sampling.
 
 The README of a golden set gives the mathematics. A set may hold any subset of the cases, at any sizes that its files
-state; what it holds, all of it, is compared.
+state; every tensor that it holds, and every number of its training steps, is compared.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
-from safetensors.torch import load_file
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from nexusgen import flow_matching
@@ -27,13 +25,18 @@ from nexusgen.comparison import (
     compare,
     compare_exact,
     compare_l2,
+    computed,
     not_compared,
+    read_expected,
+    say_nothing,
 )
+from nexusgen.errors import InputError
 from nexusgen.losses import total_loss
 from nexusgen.model.conditioners import MergerConfig
 from nexusgen.model.decoder import ConditionerKind, VisionDecoder, load_decoder
-from nexusgen.model.decoder_keys import to_released
+from nexusgen.model.decoder_keys import RELEASED_CONDITIONERS, to_released
 from nexusgen.model.released import import_model
+from nexusgen.model.tensors import iterate_file
 from nexusgen.model.weights import DECODER_FOLDERS
 from nexusgen.positions import flux_image_ids, merger_positions
 
@@ -50,13 +53,56 @@ _INPUTS |= {"train.noise", "euler.start_noise_seed42", "odd.embeds", "odd.ref_em
 _CASE_NAMES = {"train.text_ids": "text_ids", "train.image_ids": "image_ids"}
 
 
+class _Transformer(BaseModel):
+    axes: tuple[int, int, int]
+
+
+class _RopeScaling(BaseModel):
+    mrope_section: tuple[int, int, int]
+
+
+class _Merger(BaseModel):
+    intermediate_size: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0)
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: _RopeScaling
+
+
+class _TrainingStep(BaseModel):
+    """`timestep_id` is the row of the table of 1000 noise levels; what else it says is compared."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float]
+
+    timestep_id: int = Field(ge=0, lt=1000)
+
+
+class _Sampling(BaseModel):
+    cfg_scale: float
+    num_inference_steps: int = Field(gt=0)
+
+
+class _Expected(BaseModel):
+    """What `expected.json` states. Its runs of the sampler stand beside the rest, under names that begin with euler."""
+
+    model_config = ConfigDict(extra="allow")
+
+    dit: _Transformer
+    embedded_guidance: float | None = None
+    train: tuple[_TrainingStep, ...] = ()
+    merger_config: _Merger | None = None
+    expand_ratio: int = 4
+
+
 @dataclass(frozen=True)
 class _GoldenSet:
     """One golden set of a decoder: its tensors and sizes, and the decoder that the released file makes."""
 
     folder: Path
     kind: ConditionerKind
-    expected: Mapping[str, Any]
+    expected: _Expected
     recorded: Recorded
     decoder: VisionDecoder
 
@@ -71,42 +117,62 @@ class _GoldenSet:
         return self.recorded.get("ref_embeds")
 
 
-def verify_decoder(folder: Path) -> Iterator[Case]:
-    """Run every case of a golden set of a decoder. Raises: ModelError if its weights can't be loaded."""
+def verify_decoder(folder: Path, skipped: Callable[[str], None] = say_nothing) -> Iterator[Case]:
+    """Run every case of a golden set of a decoder; `skipped` is told each case in `expected.json` without tensors.
+
+    Raises: InputError if `expected.json` can't be used; ModelError if weights or tensors can't be loaded.
+    """
     for kind in [kind for name, kind in DECODER_FILES.items() if (folder / name).is_file()]:
-        yield from _verify_kind(folder, kind)
+        yield from _verify_kind(folder, kind, skipped)
 
 
-def _verify_kind(folder: Path, kind: ConditionerKind) -> Iterator[Case]:
-    expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
-    golden = _GoldenSet(
-        folder, kind, expected, load_file(folder / "io.safetensors"), golden_decoder(folder, kind, torch.float32)
-    )
+def _verify_kind(folder: Path, kind: ConditionerKind, skipped: Callable[[str], None]) -> Iterator[Case]:
+    expected = read_expected(folder, _Expected)
+    recorded = dict(iterate_file(folder / "io.safetensors"))
+    golden = _GoldenSet(folder, kind, expected, recorded, golden_decoder(folder, kind, torch.float32))
     compared = set()
     for case in _cases(golden):
-        compared.add(case.name.removeprefix(golden.name("")))
+        compared.add(case.name.partition(" (")[0].removeprefix(golden.name("")))
         yield case
     outputs = {_CASE_NAMES.get(name, name) for name in golden.recorded if name not in _INPUTS}
     for name in sorted(outputs - compared):
         yield not_compared(golden.name(name), "a tensor that it is computed from is missing, or the name is unknown")
+    for name in [*(f"train{index}" for index in range(len(expected.train))), *_sampling_runs(golden)]:
+        if not any(case.startswith(f"{name}.") for case in compared):
+            skipped(f"{golden.name(name)}: its tensors aren't in this set")
 
 
 def _cases(golden: _GoldenSet) -> Iterator[Case]:
-    yield from _weights(golden)
-    yield from _context(golden)
-    yield from _prediction(golden)
-    yield from _schedule(golden)
-    for index, step in enumerate(golden.expected.get("train", ())):
-        yield from _training_step(golden, f"train{index}", step["timestep_id"])
-    for name, run in golden.expected.items():
+    steps = [(f"train{i}", _training_step(golden, f"train{i}", s)) for i, s in enumerate(golden.expected.train)]
+    runs = [(name, _sampling(golden, name, run)) for name, run in _sampling_runs(golden).items()]
+    for name, cases in (
+        ("weights", _weights(golden)),
+        ("context", _context(golden)),
+        ("pred", _prediction(golden)),
+        ("sched", _schedule(golden)),
+        *steps,
+        *runs,
+        ("euler.noref2", _sampling_without_reference(golden)),
+    ):
+        yield from computed(golden.name(name), cases)
+
+
+def _sampling_runs(golden: _GoldenSet) -> dict[str, _Sampling]:
+    """Raises: InputError naming a run that says too little."""
+    runs = {}
+    for name, values in (golden.expected.model_extra or {}).items():
         if name.startswith("euler."):
-            yield from _sampling(golden, name, run)
-    yield from _sampling_without_reference(golden)
+            try:
+                runs[name] = _Sampling.model_validate(values)
+            except ValidationError as error:
+                reason = f"{name}: {error.errors(include_url=False)[0]['msg']}"
+                raise InputError(f"{golden.folder / 'expected.json'}: {reason}") from None
+    return runs
 
 
 def golden_decoder(folder: Path, kind: ConditionerKind, dtype: torch.dtype) -> VisionDecoder:
     """The decoder of a golden set: its released file imported, at the sizes that the set states, and loaded."""
-    expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
+    expected = read_expected(folder, _Expected)
     path = next(folder / name for name, of_kind in DECODER_FILES.items() if of_kind == kind)
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / "model"
@@ -114,25 +180,27 @@ def golden_decoder(folder: Path, kind: ConditionerKind, dtype: torch.dtype) -> V
             model,
             generation_decoder=path if kind == "generation" else None,
             editing_decoder=path if kind == "editing" else None,
-            axes_dims_rope=tuple(expected["dit"]["axes"]),
-            merger=_merger_config(expected) if kind == "editing" else None,
+            axes_dims_rope=expected.dit.axes,
+            merger=_merger_config(folder, expected) if kind == "editing" else None,
         )
         decoder = load_decoder(model / DECODER_FOLDERS[f"{kind}_decoder"], dtype)
-    guidance_scale = expected.get("embedded_guidance", decoder.config.guidance_scale)
-    decoder.config = decoder.config.model_copy(update={"guidance_scale": guidance_scale})
+    if expected.embedded_guidance is not None:
+        decoder.config = decoder.config.model_copy(update={"guidance_scale": expected.embedded_guidance})
     return decoder
 
 
-def _merger_config(expected: Mapping[str, Any]) -> MergerConfig:
-    sizes = expected["merger_config"]
+def _merger_config(folder: Path, expected: _Expected) -> MergerConfig:
+    sizes = expected.merger_config
+    if sizes is None:
+        raise InputError(f"{folder / 'expected.json'}: merger_config is missing, which an editing decoder needs")
     return MergerConfig(
-        intermediate_size=sizes["intermediate_size"],
-        num_attention_heads=sizes["num_attention_heads"],
-        num_key_value_heads=sizes["num_key_value_heads"],
-        rms_norm_eps=sizes["rms_norm_eps"],
-        rope_theta=sizes["rope_theta"],
-        mrope_section=tuple(sizes["rope_scaling"]["mrope_section"]),
-        expand_ratio=expected.get("expand_ratio", 4),
+        intermediate_size=sizes.intermediate_size,
+        num_attention_heads=sizes.num_attention_heads,
+        num_key_value_heads=sizes.num_key_value_heads,
+        rms_norm_eps=sizes.rms_norm_eps,
+        rope_theta=sizes.rope_theta,
+        mrope_section=sizes.rope_scaling.mrope_section,
+        expand_ratio=expected.expand_ratio,
     )
 
 
@@ -141,7 +209,7 @@ def _weights(golden: _GoldenSet) -> Iterator[Case]:
     if not (golden.folder / "weights.safetensors").is_file():
         return
     exported = to_released(golden.decoder.state_dict(), golden.kind)
-    want = load_file(golden.folder / "weights.safetensors")
+    want = dict(iterate_file(golden.folder / "weights.safetensors"))
     names = sorted(want)
     complete = torch.tensor(float(names == sorted(exported)))
     yield compare_exact(golden.name("weights.names"), complete, torch.ones(()))
@@ -214,13 +282,13 @@ def _schedule(golden: _GoldenSet) -> Iterator[Case]:
             yield compare(golden.name(name), got, golden.recorded[name], FP32_TOLERANCE)
 
 
-def _training_step(golden: _GoldenSet, name: str, level: int) -> Iterator[Case]:
+def _training_step(golden: _GoldenSet, name: str, step: _TrainingStep) -> Iterator[Case]:
     recorded, decoder = golden.recorded, golden.decoder
     if not golden.has("train.latents", "train.noise", "embeds", "pooled_clip"):
         return
     clean, noise = recorded["train.latents"], recorded["train.noise"]
     table = flow_matching.training_table(flow_matching.make_scheduler())
-    levels = torch.full((len(clean),), level)
+    levels = torch.full((len(clean),), step.timestep_id)
     noisy = flow_matching.interpolate(clean, noise, table.sigmas[levels])
     decoder.zero_grad()
     prediction = decoder(noisy, table.timesteps[levels], recorded["embeds"], recorded["pooled_clip"], golden.reference)
@@ -237,12 +305,33 @@ def _training_step(golden: _GoldenSet, name: str, level: int) -> Iterator[Case]:
     for key in sorted(key for key in recorded if key.startswith(prefix)):
         gradient = gradients.get(key.removeprefix(prefix), torch.empty(0))
         yield compare(golden.name(key), gradient, recorded[key], GRADIENT_TOLERANCE)
+    level = {"timestep": table.timesteps, "sigma": table.sigmas, "weight": table.weights}
+    numbers = {key: values[step.timestep_id] for key, values in level.items()}
+    numbers |= {"loss": loss, "mse": (prediction - target).square().mean()}
+    conditioner = RELEASED_CONDITIONERS[golden.kind]
+    numbers |= {
+        "grad_norm_dit": _norm(gradients, "pipe.dit."),
+        f"grad_norm_{conditioner.rstrip('.')}": _norm(gradients, conditioner),
+    }
+    for key, stated in step.__pydantic_extra__.items():
+        case = golden.name(f"{name}.expected.{key}")
+        if key in numbers:
+            tolerance = GRADIENT_TOLERANCE if key.startswith("grad_norm") else FP32_TOLERANCE
+            yield compare(case, numbers[key].detach(), torch.tensor(stated), tolerance)
+        else:
+            yield not_compared(case, "a number of an unknown name in expected.json")
+
+
+def _norm(gradients: Recorded, prefix: str) -> Float[Tensor, ""]:
+    """Of all gradients whose names begin so, as one vector."""
+    squares = [gradient.double().square().sum() for name, gradient in gradients.items() if name.startswith(prefix)]
+    return torch.stack(squares).sum().sqrt()
 
 
 @torch.no_grad()
-def _sampling(golden: _GoldenSet, name: str, run: Mapping[str, Any]) -> Iterator[Case]:
+def _sampling(golden: _GoldenSet, name: str, run: _Sampling) -> Iterator[Case]:
     recorded, decoder = golden.recorded, golden.decoder
-    scheduler, num_steps = flow_matching.make_scheduler(), run["num_inference_steps"]
+    scheduler, num_steps = flow_matching.make_scheduler(), run.num_inference_steps
     sigmas = flow_matching.inference_sigmas(scheduler, num_steps)
     if golden.has(f"{name}.sigmas"):
         yield compare(golden.name(f"{name}.sigmas"), sigmas, recorded[f"{name}.sigmas"], FP32_TOLERANCE)
@@ -252,7 +341,9 @@ def _sampling(golden: _GoldenSet, name: str, run: Mapping[str, Any]) -> Iterator
         )
     if not golden.has("euler.start_noise_seed42", "embeds", "pooled_clip"):
         return
-    if run["cfg_scale"] != 1.0 and not golden.has("neg_prompt_emb"):
+    if not any(golden.has(f"{name}.{part}") for part in ("trajectory", "final")):
+        return
+    if run.cfg_scale != 1.0 and not golden.has("neg_prompt_emb"):
         return
     start = recorded["euler.start_noise_seed42"]
     noise = flow_matching.initial_noise([42], tuple(start.shape[1:]))
@@ -263,7 +354,7 @@ def _sampling(golden: _GoldenSet, name: str, run: Mapping[str, Any]) -> Iterator
         decoder.context(recorded["embeds"][:1], reference),
         recorded["pooled_clip"],
         recorded.get("neg_prompt_emb"),
-        run["cfg_scale"],
+        run.cfg_scale,
         has_reference=reference is not None,
     )
     trajectory: list[Tensor] = []

@@ -17,11 +17,12 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_training import make_tiny_model
 
 from jobs import cli, command
 from jobs.command import DEMO_CONFIGS, Outcome
-from nexusgen.comparison import Case
+from nexusgen.comparison import FP32_TOLERANCE
 from nexusgen.config import load_config
 from nexusgen.errors import ConfigError, GateError, InputError, ModelError, UsageError
 from nexusgen.model.manifest import read_manifest
@@ -397,19 +398,31 @@ def test_inspect_counts_and_reports(nexusgen: Run, storage: Path) -> None:
     assert "generation 3" in nexusgen("inspect", storage / "tars" / "demo")[1]
 
 
-def test_verify_fails_on_a_difference(nexusgen: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cases = [Case("good", 1e-8, 1e-7, 2e-6, True), Case("bad", float("nan"), float("nan"), 2e-6, False)]
-    monkeypatch.setattr("nexusgen.verify.verify", lambda folder: iter(cases))
-    code, out, _ = nexusgen("verify", tmp_path)
+def test_verify_fails_on_a_difference(nexusgen: Run, tmp_path: Path) -> None:
+    golden = Path(__file__).parents[1] / "golden" / "gen_decoder"
+    code, out, _ = nexusgen("verify", golden)
+    assert code == 0
+    assert out.splitlines()[0].startswith("ok  ")
+    assert re.search(r"^(\d+) of \1 tensors agree", out, re.MULTILINE)
+    folder = shutil.copytree(golden, tmp_path / "golden")
+    recorded = load_file(folder / "io.safetensors")
+    recorded["pred.out"][0, 0, 0, 0] = float("nan")
+    recorded = {name: tensor for name, tensor in recorded.items() if not name.startswith("euler.cfg3")}
+    save_file(recorded, folder / "io.safetensors")
+    code, out, _ = nexusgen("verify", folder)
     assert code == 1
-    assert "1 of 2 tensors agree" in out
-    assert "FAILED: bad" in out
-    code, out, err = nexusgen("verify", tmp_path, "--json")
+    assert "FAILED: generation_decoder.pred.out" in out
+    code, out, err = nexusgen("verify", folder, "--json")
     assert code == 1
     data = json.loads(out)
     assert not data["passed"]
-    assert data["cases"][1] == {"name": "bad", "max_abs": None, "max_rel": None, "tolerance": 2e-6, "passed": False}
-    assert "FAIL" in err
+    (failed,) = [case for case in data["cases"] if not case["passed"]]
+    case = {"name": "generation_decoder.pred.out", "max_abs": None, "max_rel": None}
+    assert failed == {**case, "tolerance": FP32_TOLERANCE, "passed": False}
+    assert data["skipped"] == ["generation_decoder.euler.cfg3: its tensors aren't in this set"]
+    assert "FAIL       NaN" in err
+    (folder / "io.safetensors").write_bytes(b"nothing")
+    assert "io.safetensors is not a readable safetensors file" in refused(nexusgen("verify", folder))
 
 
 def test_import_and_export(nexusgen: Run, tmp_path: Path) -> None:

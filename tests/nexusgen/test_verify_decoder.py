@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from nexusgen import flow_matching, verify_decoder
 from nexusgen.comparison import FP32_TOLERANCE, Case
+from nexusgen.errors import InputError, ModelError
 from nexusgen.model import decoder as decoder_module
 from nexusgen.model import decoder_keys
 
@@ -87,7 +89,10 @@ def test_a_subset_of_the_cases_is_enough(tmp_path: Path) -> None:
     kept = {name: recorded[name] for name in ("embeds", "context_without_ref", "sched50.sigmas")}
     save_file(kept, folder / "io.safetensors")
     (folder / "weights.safetensors").unlink()
-    cases = list(verify_decoder.verify_decoder(folder))
+    skipped: list[str] = []
+    cases = list(verify_decoder.verify_decoder(folder, skipped.append))
+    absent = ["train0", "train1", "euler.nocfg", "euler.cfg3"]
+    assert [text.partition(":")[0] for text in skipped] == [f"editing_decoder.{name}" for name in absent]
     assert all(case.passed for case in cases)
     assert [case.name for case in cases] == ["editing_decoder.context_without_ref", "editing_decoder.sched50.sigmas"]
 
@@ -99,6 +104,41 @@ def test_what_cannot_be_compared_fails_by_name(tmp_path: Path) -> None:
     save_file({**recorded, "unknown": torch.zeros(1)}, folder / "io.safetensors")
     names = {name.partition(" ")[0] for name in failures(folder)}
     assert names == {"euler.nocfg.trajectory", "euler.cfg3.trajectory", "euler.cfg3.final", "unknown"}
+
+
+@pytest.mark.parametrize("key", ["timestep", "sigma", "weight", "loss", "mse", "grad_norm_dit", "grad_norm_adapter"])
+def test_every_number_of_a_training_step_is_compared(tmp_path: Path, key: str) -> None:
+    folder = shutil.copytree(SETS["generation"], tmp_path / "golden")
+    expected = json.loads((folder / "expected.json").read_text())
+    expected["train"][1][key] *= 1.0001
+    expected["train"][0][f"{key}z"] = 1.0
+    (folder / "expected.json").write_text(json.dumps(expected))
+    names = {name.partition(" (")[0] for name in failures(folder)}
+    assert names == {f"train1.expected.{key}", f"train0.expected.{key}z"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "said"),
+    [
+        ("generation", {"dit": {}}, r"dit\.axes: Field required"),
+        ("generation", {"train": [{"timestep_id": 1000}]}, r"train\.0\.timestep_id"),
+        ("generation", {"euler.nocfg": {"cfg_scale": 1.0}}, r"euler\.nocfg: Field required"),
+        ("editing", {"merger_config": None}, "merger_config is missing"),
+    ],
+)
+def test_what_is_wrong_in_expected_json_is_named(tmp_path: Path, kind: str, change: dict, said: str) -> None:
+    folder = shutil.copytree(SETS[kind], tmp_path / "golden")
+    expected = json.loads((folder / "expected.json").read_text())
+    (folder / "expected.json").write_text(json.dumps(expected | change))
+    with pytest.raises(InputError, match=rf"expected\.json: {said}"):
+        failures(folder)
+
+
+def test_a_cut_file_of_tensors_is_named(tmp_path: Path) -> None:
+    folder = shutil.copytree(SETS["generation"], tmp_path / "golden")
+    (folder / "io.safetensors").write_bytes((folder / "io.safetensors").read_bytes()[:5000])
+    with pytest.raises(ModelError, match=r"io\.safetensors is not a readable safetensors file"):
+        failures(folder)
 
 
 def _shifted_position(monkeypatch: pytest.MonkeyPatch) -> None:
