@@ -171,15 +171,18 @@ class StageSource(Generic[PreparedT, BatchT]):
     def samples(self, numbers: Rows) -> list[PreparedT]:
         """Prepared samples of any rows of the data, in the order of their `numbers`. Raises: as `batch`."""
         with self._lock:
-            return self._read(numbers)
+            return [found.prepared(place, self._stage) for found, place in self._find(numbers)]
 
-    def _read(self, numbers: Rows) -> list[PreparedT]:
-        slices = self._data.table.slices[numbers]
-        needed = {int(number): self._slice(int(number)) for number in np.unique(slices)}
-        places = self._data.places[numbers]
-        return [
-            needed[int(number)].prepared(int(place), self._stage) for number, place in zip(slices, places, strict=True)
-        ]
+    def keys(self, rows: Rows) -> list[str]:
+        """The keys of the samples of the plan's `rows`, to name them in a message."""
+        with self._lock:
+            return [found.keys[place] for found, place in self._find(self._data.train[rows])]
+
+    def _find(self, numbers: Rows) -> list[tuple[_Slice[PreparedT], int]]:
+        """The slice of each row, and its place there."""
+        slices, places = self._data.table.slices[numbers].tolist(), self._data.places[numbers].tolist()
+        needed = {number: self._slice(number) for number in sorted(set(slices))}
+        return [(needed[number], place) for number, place in zip(slices, places, strict=True)]
 
     def _slice(self, number: int) -> _Slice[PreparedT]:
         if number not in self._slices:
@@ -205,6 +208,7 @@ class _Slice(Generic[PreparedT]):
             if columns and columns["key"] != lists[0]:
                 raise InputError(f"{info.uri}: its keys aren't those of the other modes' slice; embed it again")
             columns |= dict(zip(wanted, lists, strict=True))
+        self.keys: list[str] = columns["key"]
         roles = [role for names in stage.roles.values() for role in names]
         self._rows: list[EmbeddedRow | PreparedT] = [
             _row(columns, place, roles) for place in range(len(columns["key"]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Generic, Literal, TypeVar
@@ -16,11 +16,11 @@ from typing import ClassVar, Generic, Literal, TypeVar
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from PIL import Image
 from torch import Tensor, nn
 
-from nexusgen.errors import InputError
+from nexusgen.errors import InputError, ModelError
 from nexusgen.flow_matching import (
     FLOW_WEIGHTS,
     LevelDensity,
@@ -34,14 +34,19 @@ from nexusgen.flow_matching import (
 from nexusgen.images import from_pixels
 from nexusgen.losses import AUTOREGRESSIVE_WEIGHTS, LossPart, autoregressive_losses
 from nexusgen.model.autoencoder import decode_latents
-from nexusgen.model.autoregressive import AutoregressiveModel, ConversationBatch, collate_conversations
-from nexusgen.model.decoder import VisionDecoder
-from nexusgen.model.weights import Model, load_model
-from nexusgen.prompts import Conversation, encode_conversation
+from nexusgen.model.autoregressive import (
+    AutoregressiveModel,
+    ConversationBatch,
+    collate_conversations,
+    target_positions,
+)
+from nexusgen.model.decoder import ConditionerKind, VisionDecoder
+from nexusgen.model.weights import DRAWING_PARTS, Model, load_model, start_editing_decoder
+from nexusgen.prompts import IGNORED_LABEL, Conversation, encode_conversation
 from nexusgen.sampling import decode_embeddings
 from nexusgen.schema import EmbedMode, Message, Task
 
-StageName = Literal["ar", "generation_decoder"]
+StageName = Literal["ar", "generation_decoder", "editing_decoder"]
 PreparedT = TypeVar("PreparedT")
 BatchT = TypeVar("BatchT")
 
@@ -88,9 +93,14 @@ class Stage(ABC, Generic[PreparedT, BatchT]):
 
     module: nn.Module
 
-    @staticmethod
+    @classmethod
+    def missing_parts(cls, present: Collection[str]) -> list[str]:
+        """The parts that a training of this stage needs and a model that holds the parts `present` lacks."""
+        return [part for part in cls.parts if part not in present]
+
+    @classmethod
     @abstractmethod
-    def lengths(columns: Mapping[str, pa.ChunkedArray]) -> Int[np.ndarray, " rows"]:
+    def lengths(cls, columns: Mapping[str, pa.ChunkedArray]) -> Int[np.ndarray, " rows"]:
         """Tokens of each row, by which batches are formed; 0 where a row lacks what the stage needs."""
 
     @abstractmethod
@@ -100,6 +110,10 @@ class Stage(ABC, Generic[PreparedT, BatchT]):
     @abstractmethod
     def collate(self, samples: Sequence[PreparedT]) -> BatchT:
         """A batch of prepared samples, in their order."""
+
+    @abstractmethod
+    def counts(self, batch: BatchT) -> dict[str, int]:
+        """The counts of `loss`, known before its forward."""
 
     @abstractmethod
     def loss(self, batch: BatchT, random: StepRandom) -> dict[str, LossPart]:
@@ -148,8 +162,8 @@ class AutoregressiveStage(Stage[PreparedConversation, ConversationBatch]):
         self._tokenizer = model.tokenizer
         self._nothing = torch.zeros(0, self.module.hidden_size)
 
-    @staticmethod
-    def lengths(columns: Mapping[str, pa.ChunkedArray]) -> Int[np.ndarray, " rows"]:
+    @classmethod
+    def lengths(cls, columns: Mapping[str, pa.ChunkedArray]) -> Int[np.ndarray, " rows"]:
         return columns["num_tokens"].to_numpy().astype(np.int64)
 
     def prepare(self, row: EmbeddedRow) -> PreparedConversation:
@@ -164,6 +178,12 @@ class AutoregressiveStage(Stage[PreparedConversation, ConversationBatch]):
             torch.cat([sample.targets for sample in samples]),
             pad_token_id=int(self._tokenizer.convert_tokens_to_ids("<|endoftext|>")),
         )
+
+    def counts(self, batch: ConversationBatch) -> dict[str, int]:
+        predicted = batch.labels[:, 1:]  # nothing comes before the first token
+        is_text = (predicted != IGNORED_LABEL) & ~target_positions(predicted, self.module.image_token_id)
+        targets = batch.target_embeddings
+        return {"ce": int(is_text.sum()), "mse": targets.numel(), "cosine": len(targets)}
 
     def loss(self, batch: ConversationBatch, random: StepRandom) -> dict[str, LossPart]:
         del random
@@ -191,97 +211,229 @@ class AutoregressiveStage(Stage[PreparedConversation, ConversationBatch]):
 
 @dataclass(frozen=True)
 class PreparedPicture:
-    """The stored embedding of an image and its latents."""
+    """What a decoder draws from, the latents that it is to draw, and what it keeps to, if it edits."""
 
     key: str
     embeddings: Float[Tensor, "tokens embedding"]
     latents: Float[Tensor, "channels height width"]
+    reference: Float[Tensor, "reference_tokens embedding"] | None = None
 
 
 @dataclass(frozen=True)
 class PictureBatch:
-    """Pictures of one size."""
+    """Pictures of one size, all with a reference or none."""
 
     keys: tuple[str, ...]
     embeddings: Float[Tensor, "batch tokens embedding"]
     latents: Float[Tensor, "batch channels height width"]
+    reference: Float[Tensor, "batch reference_tokens embedding"] | None = None
 
 
-class GenerationDecoderStage(Stage[PreparedPicture, PictureBatch]):
-    """Phase 2: the generation decoder learns to turn an image's own embeddings back into its latents.
+@dataclass(frozen=True)
+class Draws:
+    """What chance decides for the samples of a batch: noise levels, noise, and who is drawn without its image."""
 
-    Source: Nexus-Gen, arXiv 2504.21356, section 3.3; flow matching with one noise level per sample.
+    levels: Levels
+    noise: Float[Tensor, "batch *latent"]
+    is_dropped: Bool[Tensor, " batch"]
+
+
+class DecoderStage(Stage[PreparedPicture, PictureBatch]):
+    """Phase 2: a decoder learns to turn embeddings of an image into its latents. Flow matching, one level per sample.
+
+    In training a share `conditioning_dropout` of the samples is drawn under the model's negative context in place of
+    the image's embeddings, exactly as the unconditional pass of two-pass guidance is at inference, so that guidance
+    finds a decoder that knows that pass (classifier-free guidance, arXiv 2207.12598, section 3.2). Which samples is
+    drawn from each one's own random numbers.
     """
 
-    name = "generation_decoder"
-    roles: ClassVar = {"vision": ("crop",), "latents": ("latents",)}
-    encoders: ClassVar = {"vision": "vision", "latents": "vae"}
-    parts = ("generation_decoder", "vae")
-    tasks = ("generation", "editing")
+    kind: ClassVar[ConditionerKind]
+    embeddings_role: ClassVar[str]
     weights = FLOW_WEIGHTS
 
-    def __init__(self, folder: Path, levels: LevelDensity) -> None:
-        self._model: Model = load_model(folder, parts=self.parts)
-        assert self._model.generation_decoder is not None
+    def __init__(self, folder: Path, levels: LevelDensity, conditioning_dropout: float = 0.0) -> None:
+        """Raises: ModelError if the folder lacks a part, or the negative context that dropout needs."""
+        self._model = self._load(folder)
         assert self._model.scheduler is not None
-        self.module: VisionDecoder = self._model.generation_decoder
+        if conditioning_dropout and self._model.negative_context is None:
+            raise ModelError(
+                f"conditioning_dropout={conditioning_dropout:g}: {folder / 'prompt_constants.safetensors'} holds no "
+                "negative_context to draw the dropped samples under; import the model again with --flux and a "
+                "FLUX.1-dev folder that holds the text encoders, or set conditioning_dropout=0"
+            )
+        self.module: VisionDecoder = getattr(self._model, self.name)
         self._levels = levels
         self._table = training_table(self._model.scheduler)
+        self._conditioning_dropout = conditioning_dropout
 
-    @staticmethod
-    def lengths(columns: Mapping[str, pa.ChunkedArray]) -> Int[np.ndarray, " rows"]:
-        grids = zip(columns["crop_grid"].to_pylist(), columns["latents_grid"].to_pylist(), strict=True)
-        return np.array(
-            [_num_tokens(crop[-2:]) + _num_tokens(latent[-2:]) // 4 if crop and latent else 0 for crop, latent in grids]
+    def _load(self, folder: Path) -> Model:
+        return load_model(folder, parts=self.parts)
+
+    @classmethod
+    def lengths(cls, columns: Mapping[str, pa.ChunkedArray]) -> Int[np.ndarray, " rows"]:
+        """Tokens that the transformer attends to: one for each 2x2 patch of latents, and those of the embeddings."""
+        roles = [role for names in cls.roles.values() for role in names]
+        of_roles = np.array(
+            [
+                [_num_tokens(grids[-2:]) // (4 if role == "latents" else 1) if grids else 0 for grids in column]
+                for role, column in ((role, columns[f"{role}_grid"].to_pylist()) for role in roles)
+            ],
+            dtype=np.int64,
         )
+        return np.where((of_roles > 0).all(axis=0), of_roles.sum(axis=0), 0)
 
     def prepare(self, row: EmbeddedRow) -> PreparedPicture:
-        """The last image of the sample that has both: the assistant's."""
+        """The last image of the sample that has both embeddings and latents: the assistant's."""
         latents = {image.index: image for image in row.images["latents"]}
-        both = [image for image in row.images["crop"] if image.index in latents]
+        both = [image for image in row.images[self.embeddings_role] if image.index in latents]
         if not both:
+            mode = next(mode for mode, roles in self.roles.items() if self.embeddings_role in roles)
             raise InputError(
-                f"sample {row.key}: no image has both a crop embedding and latents: "
-                "embed it again in the modes vision and latents"
+                f"sample {row.key}: no image has both {self.embeddings_role} embeddings and latents: "
+                f"embed it again in the modes {mode} and latents"
             )
-        return PreparedPicture(row.key, both[-1].values, latents[both[-1].index].values)
+        return PreparedPicture(row.key, both[-1].values, latents[both[-1].index].values, self._reference(row))
+
+    def _reference(self, row: EmbeddedRow) -> Float[Tensor, "reference_tokens embedding"] | None:
+        del row
+        return None
 
     def collate(self, samples: Sequence[PreparedPicture]) -> PictureBatch:
+        references = [sample.reference for sample in samples if sample.reference is not None]
         return PictureBatch(
             tuple(sample.key for sample in samples),
             torch.stack([sample.embeddings for sample in samples]).float(),
             torch.stack([sample.latents for sample in samples]).float(),
+            torch.stack(references).float() if references else None,
         )
 
+    def counts(self, batch: PictureBatch) -> dict[str, int]:
+        return {"flow": batch.latents.numel()}
+
     def loss(self, batch: PictureBatch, random: StepRandom) -> dict[str, LossPart]:
-        levels, noise = self._draw(batch, random)
-        noisy = interpolate(batch.latents, noise, levels.sigmas)
-        assert self._model.pooled_prompt is not None
-        prediction = self.module(noisy, levels.timesteps, batch.embeddings, self._model.pooled_prompt)
-        return flow_loss(prediction, velocity_target(batch.latents, noise), levels.weights)
+        draws = self._draw(batch, random)
+        noisy = interpolate(batch.latents, draws.noise, draws.levels.sigmas)
+        prediction = self._predict(batch, noisy, draws)
+        return flow_loss(prediction, velocity_target(batch.latents, draws.noise), draws.levels.weights)
 
     def pictures(self, samples: Sequence[PreparedPicture]) -> list[tuple[Image.Image, Image.Image]]:
         batch = self.collate(samples)
         vae = self._model.autoencoder
         assert vae is not None
         targets = from_pixels(decode_latents(vae, batch.latents))
-        height, width = targets[0].height, targets[0].width
-        made = decode_embeddings(self._model, batch.embeddings, seeds=range(len(samples)), size=(height, width))
+        made = decode_embeddings(
+            self._model,
+            batch.embeddings,
+            seeds=range(len(samples)),
+            size=(targets[0].height, targets[0].width),
+            decoder=self.kind,
+            reference=batch.reference,
+        )
         return list(zip(targets, made, strict=True))
 
-    def _draw(self, batch: PictureBatch, random: StepRandom) -> tuple[Levels, Float[Tensor, "batch *latent"]]:
-        """A noise level and noise for each sample, from its own generator."""
-        levels, noise = [], []
+    def _predict(
+        self, batch: PictureBatch, noisy: Float[Tensor, "batch *latent"], draws: Draws
+    ) -> Float[Tensor, "batch *latent"]:
+        """Velocities, of dropped samples under the negative context.
+
+        With dropout both passes are always made, if need be of the first sample as a stand-in whose velocity isn't
+        used: ranks that share the weights of a sharded decoder must meet in each.
+        """
+        timesteps, pooled = draws.levels.timesteps, self._model.pooled_prompt
+        assert pooled is not None
+        if not self._is_dropping:
+            return self.module(noisy, timesteps, batch.embeddings, pooled, batch.reference)
+        negative = self._model.negative_context
+        assert negative is not None
+        kept, dropped = (torch.nonzero(mask)[:, 0] for mask in (~draws.is_dropped, draws.is_dropped))
+        stand_in = torch.zeros(1, dtype=torch.int64)
+        rows = kept if len(kept) else stand_in
+        reference = batch.reference[rows] if batch.reference is not None else None
+        conditional = self.module(noisy[rows], timesteps[rows], batch.embeddings[rows], pooled, reference)
+        rows = dropped if len(dropped) else stand_in
+        unconditional = self.module.velocity(
+            noisy[rows],
+            timesteps[rows],
+            negative.expand(len(rows), -1, -1),
+            pooled,
+            torch.zeros(negative.shape[1], 3),  # rope ids, as in `VisionDecoder.velocity_function`
+        )
+        places = torch.empty(len(noisy), dtype=torch.int64)
+        places[kept] = torch.arange(len(kept))
+        places[dropped] = len(conditional) + torch.arange(len(dropped))
+        return torch.cat([conditional, unconditional])[places]
+
+    @property
+    def _is_dropping(self) -> bool:
+        """Held-out samples always keep their image."""
+        return self._conditioning_dropout > 0 and self.module.training
+
+    def _draw(self, batch: PictureBatch, random: StepRandom) -> Draws:
+        """A noise level, noise, and whether its image is dropped, for each sample from its own generator."""
+        levels, noise, chances = [], [], []
         for key in batch.keys:
             generator = random.generator(key)
             levels.append(sample_levels(self._table, 1, generator, self._levels))
             noise.append(torch.randn(batch.latents.shape[1:], generator=generator))
+            chances.append(torch.rand(1, generator=generator))  # last: levels and noise don't depend on dropout
         joined = Levels(
             torch.cat([level.sigmas for level in levels]),
             torch.cat([level.timesteps for level in levels]),
             torch.cat([level.weights for level in levels]),
         )
-        return joined, torch.stack(noise)
+        return Draws(joined, torch.stack(noise), torch.cat(chances) < self._conditioning_dropout)
+
+
+class GenerationDecoderStage(DecoderStage):
+    """Phase 2 of generation: the decoder learns to turn an image's own embeddings back into its latents.
+
+    Source: Nexus-Gen, arXiv 2504.21356, section 3.3.
+    """
+
+    name = "generation_decoder"
+    kind = "generation"
+    embeddings_role = "crop"
+    roles: ClassVar = {"vision": ("crop",), "latents": ("latents",)}
+    encoders: ClassVar = {"vision": "vision", "latents": "vae"}
+    parts = ("generation_decoder", "vae")
+    tasks = ("generation", "editing")
+
+
+class EditingDecoderStage(DecoderStage):
+    """Phase 2 of editing: the decoder learns to draw an edited image from what the trained autoregressive model
+    predicts for it, beside the embeddings of the image that was edited, its reference.
+
+    The last image that the assistant draws is learned, and the first that the user shows is its reference, as in the
+    released preparation of this data, which knows no more than one of each. At inference, too, there is one. Samples
+    without a reference, of task generation, are left out.
+
+    A model without an editing decoder gets one to start from, see `start_editing_decoder`.
+    Source: Nexus-Gen, arXiv 2504.21356, section 3.3, and its `train/decoder/editing_trainer.py`.
+    """
+
+    name = "editing_decoder"
+    kind = "editing"
+    embeddings_role = "predicted"
+    roles: ClassVar = {"predicted": ("predicted", "reference"), "latents": ("latents",)}
+    encoders: ClassVar = {"predicted": "autoregressive", "latents": "vae"}
+    parts = ("editing_decoder", "vae")
+    tasks = ("editing",)
+
+    @classmethod
+    def missing_parts(cls, present: Collection[str]) -> list[str]:
+        missing = super().missing_parts(present)
+        can_start = all(part in present for part in DRAWING_PARTS)
+        return [part for part in missing if part != "editing_decoder" or not can_start]
+
+    def _load(self, folder: Path) -> Model:
+        return start_editing_decoder(folder)
+
+    def _reference(self, row: EmbeddedRow) -> Float[Tensor, "reference_tokens embedding"]:
+        if not row.images["reference"]:
+            raise InputError(
+                f"sample {row.key}: no image of the user has reference embeddings: embed it again in mode predicted"
+            )
+        return min(row.images["reference"], key=lambda image: image.index).values
 
 
 def _num_tokens(grid: Sequence[int]) -> int:
@@ -289,12 +441,21 @@ def _num_tokens(grid: Sequence[int]) -> int:
     return height * width
 
 
-AnyStage = AutoregressiveStage | GenerationDecoderStage
-STAGES: Mapping[StageName, type[AnyStage]] = {"ar": AutoregressiveStage, "generation_decoder": GenerationDecoderStage}
+AnyStage = AutoregressiveStage | GenerationDecoderStage | EditingDecoderStage
+STAGES: Mapping[StageName, type[AnyStage]] = {
+    "ar": AutoregressiveStage,
+    "generation_decoder": GenerationDecoderStage,
+    "editing_decoder": EditingDecoderStage,
+}
 
 
-def build_stage(name: StageName, folder: Path, levels: LevelDensity) -> AnyStage:
-    """The stage on a model folder. Raises: ModelError if the folder lacks a part that the stage needs."""
+def build_stage(name: StageName, folder: Path, levels: LevelDensity, conditioning_dropout: float = 0.0) -> AnyStage:
+    """The stage on a model folder; noise levels and dropout, in [0, 1), are a decoder stage's.
+
+    Raises: ModelError if the folder lacks a part, or a constant, that the stage needs.
+    """
     if name == "ar":
         return AutoregressiveStage(folder)
-    return GenerationDecoderStage(folder, levels)
+    if name == "generation_decoder":
+        return GenerationDecoderStage(folder, levels, conditioning_dropout)
+    return EditingDecoderStage(folder, levels, conditioning_dropout)

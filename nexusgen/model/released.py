@@ -57,7 +57,13 @@ from nexusgen.model.tensors import (
     save_tensors,
     write_weights,
 )
-from nexusgen.model.weights import DECODER_FOLDERS, read_autoregressive_config, released_key, write_manifest
+from nexusgen.model.weights import (
+    DECODER_FOLDERS,
+    merger_like,
+    read_autoregressive_config,
+    released_key,
+    write_manifest,
+)
 
 DECODER_FILES = {"generation_decoder": "generation_decoder.bin", "editing_decoder": "edit_decoder.bin"}
 IMAGE_SIZE = (512, 512)  # (height, width) in pixels; what both released decoders were trained at
@@ -295,15 +301,7 @@ def _merger_config(
     if language_model is not None:
         text = language_model.text_config
         assert isinstance(text, Qwen2_5_VLTextConfig)
-        rope: dict[str, Any] = text.rope_parameters
-        return MergerConfig(
-            intermediate_size=text.intermediate_size,
-            num_attention_heads=text.num_attention_heads,
-            num_key_value_heads=text.num_key_value_heads,
-            rms_norm_eps=text.rms_norm_eps,
-            rope_theta=rope["rope_theta"],
-            mrope_section=tuple(rope["mrope_section"]),
-        )
+        return merger_like(text)
     if embedding_dim != defaults.HIDDEN_SIZE:
         raise ModelError(
             f"{where}: embeddings of {embedding_dim} numbers, not the released {defaults.HIDDEN_SIZE}, and the number "

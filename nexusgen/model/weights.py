@@ -19,18 +19,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from jaxtyping import Shaped
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig
+from transformers import PreTrainedTokenizerBase, Qwen2_5_VLConfig, Qwen2_5_VLTextConfig
 
 from nexusgen.errors import ModelError
 from nexusgen.geometry import Geometry
 from nexusgen.images import image_processor
 from nexusgen.model.autoencoder import ImageAutoencoder, load_autoencoder
 from nexusgen.model.autoregressive import AutoregressiveModel
-from nexusgen.model.decoder import Quantisation, VisionDecoder, load_decoder, save_decoder
+from nexusgen.model.conditioners import MergerConfig
+from nexusgen.model.decoder import Quantisation, VisionDecoder, load_decoder, make_conditioner, save_decoder
 from nexusgen.model.manifest import Manifest, Numerics, read_manifest
 from nexusgen.model.tensors import iterate_file, iterate_tensors, load_strictly, save_tensors
 from nexusgen.prompts import load_tokenizer
@@ -55,6 +56,8 @@ _SMALL_FILES = (
     "scheduler/scheduler_config.json",
     "prompt_constants.safetensors",
 )
+_FIRST_LAYER = "model.layers.0."  # of the language model, in its folder
+_SEED = 0  # of weights that training makes from nothing
 _C_LIBRARY = ctypes.CDLL(None)
 _WRITTEN_BY = ("transformers_version", "_diffusers_version", "_name_or_path")  # in a config, of no consequence
 _RELEASED_TO_MODULE = (
@@ -188,7 +191,8 @@ def load_model(
             )
         constants = load_file(folder / "prompt_constants.safetensors", device=str(device))
         model.pooled_prompt = constants["pooled_prompt"].to(dtype)
-        model.negative_context = constants["negative_context"].to(dtype)
+        if "negative_context" in constants:
+            model.negative_context = constants["negative_context"].to(dtype)
         model.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
     if not offload:
         model._load(wanted)
@@ -200,6 +204,58 @@ def check_parts(folder: Path, manifest: Manifest, wanted: Iterable[str]) -> None
     absent = [part for part in wanted if part not in manifest.parts]
     if absent:
         raise ModelError(f"{folder} has no part {', '.join(absent)}; it holds {', '.join(manifest.parts) or 'nothing'}")
+
+
+def start_editing_decoder(folder: Path) -> Model:
+    """What a training of the editing decoder starts from, with autoencoder, scheduler and constants, in fp32.
+
+    It is the folder's own editing decoder; a folder without one lends its generation decoder's transformer, trained or
+    not, to a new conditioner. That conditioner's layer begins as the language model's first layer and its projector at
+    random, the same every time. Source: Nexus-Gen, `train/decoder/editing_trainer.py`, which takes the transformer of
+    FLUX.1 [dev] and the layer of Qwen2.5-VL.
+    Raises: ModelError if the folder has neither decoder, lacks another part, or the layer doesn't fit.
+    """
+    manifest = read_manifest(folder)
+    parts = ("editing_decoder", "vae")
+    if "editing_decoder" in manifest.parts:
+        return load_model(folder, parts)
+    check_parts(folder, manifest, DRAWING_PARTS)
+    model = load_model(folder, ("generation_decoder", "vae"))
+    generation = model.generation_decoder
+    assert generation is not None
+    text_config = read_autoregressive_config(folder / "autoregressive").text_config
+    assert isinstance(text_config, Qwen2_5_VLTextConfig)
+    merger = merger_like(text_config).model_copy(update={"reference_grid": manifest.geometry.reference_grid})
+    config = generation.config.model_copy(
+        update={"conditioner": "editing", "token_positions": "grid", "merger": merger}
+    )
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel.from_config(generation.transformer.config)
+        decoder = VisionDecoder(config, transformer, manifest.numerics)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_SEED)
+        conditioner = make_conditioner(config)
+    state = {f"conditioner.{name}": tensor for name, tensor in conditioner.state_dict().items()}
+    for name, tensor in iterate_tensors(folder / "autoregressive"):
+        if name.startswith(_FIRST_LAYER):
+            state[f"conditioner.layers.0.{name.removeprefix(_FIRST_LAYER)}"] = tensor.float()
+    state |= {name: t for name, t in generation.state_dict().items() if name.startswith("transformer.")}
+    load_strictly(decoder, state, str(folder))
+    model.parts, model.generation_decoder, model.editing_decoder = parts, None, decoder.eval()
+    return model
+
+
+def merger_like(text_config: Qwen2_5_VLTextConfig) -> MergerConfig:
+    """An editing conditioner whose layer is one of this language model: the same heads and rotary positions."""
+    rope: dict[str, Any] = text_config.rope_parameters
+    return MergerConfig(
+        intermediate_size=text_config.intermediate_size,
+        num_attention_heads=text_config.num_attention_heads,
+        num_key_value_heads=text_config.num_key_value_heads,
+        rms_norm_eps=text_config.rms_norm_eps,
+        rope_theta=rope["rope_theta"],
+        mrope_section=tuple(rope["mrope_section"]),
+    )
 
 
 def load_autoregressive(
@@ -256,8 +312,13 @@ def tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 def save_autoregressive(
     model: AutoregressiveModel, folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
 ) -> None:
-    """Write `autoregressive/`: released key names, config, tokenizer and image processor files."""
+    """Write `autoregressive/`: released key names, config, tokenizer and image processor files.
+
+    Weights that the folder has already, in one file or several, are replaced: an index left over would win over them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    for path in (*folder.glob("model*.safetensors"), folder / "model.safetensors.index.json"):
+        path.unlink(missing_ok=True)
     state = {released_key(name): tensor for name, tensor in model.state_dict().items()}
     save_tensors(state, folder / "model.safetensors", dtype)
     model.config.dtype = dtype
@@ -308,15 +369,17 @@ def assemble_model(
     base: Path,
     out: Path,
     *,
-    autoregressive: Path | None,
-    generation_decoder: Path | None,
+    autoregressive: Path | None = None,
+    generation_decoder: Path | None = None,
+    editing_decoder: Path | None = None,
     lineage: Mapping[str, Any],
     dtype: torch.dtype = torch.bfloat16,
 ) -> Manifest:
     """Make a model folder from a base and trained weights; the folder appears whole or not at all.
 
-    `autoregressive` and `generation_decoder` are safetensors files with the trained module's own tensor names; tensors
-    that training left alone (the frozen vision tower) may be absent and are taken from the base.
+    Each part is a safetensors file with the trained module's own tensor names, or None: the base's own. Tensors that
+    training left alone (the frozen vision tower) may be absent and are taken from the base. A base without an editing
+    decoder gets one of the sizes that `start_editing_decoder` gives it.
     Raises: ModelError if a trained tensor has no place in the base.
     """
     manifest = read_manifest(base)
@@ -329,9 +392,14 @@ def assemble_model(
             _update(model, autoregressive)
             save_autoregressive(model, staging / "autoregressive", load_tokenizer(base / "autoregressive"), dtype)
         if generation_decoder is not None:
-            decoder = load_decoder(base / "decoders" / "generation")
+            decoder = load_decoder(base / DECODER_FOLDERS["generation_decoder"])
             _update(decoder, generation_decoder)
-            save_decoder(decoder, staging / "decoders" / "generation", dtype)
+            save_decoder(decoder, staging / DECODER_FOLDERS["generation_decoder"], dtype)
+        if editing_decoder is not None:
+            started = start_editing_decoder(base).editing_decoder
+            assert started is not None
+            _update(started, editing_decoder)
+            save_decoder(started, staging / DECODER_FOLDERS["editing_decoder"], dtype)
         values = manifest.model_dump(exclude={"version", "parts", "fingerprints", "fingerprint", "lineage"})
         result = write_manifest(staging, lineage=dict(lineage), **values)
         if out.exists():

@@ -1,4 +1,5 @@
 import json
+import shutil
 import weakref
 from pathlib import Path
 
@@ -10,7 +11,15 @@ from safetensors.torch import load_file, save_file
 from nexusgen.base_training import BaseSchedule, make_base
 from nexusgen.errors import ModelError
 from nexusgen.model.manifest import demo_base, read_manifest
-from nexusgen.model.weights import assemble_model, load_model, module_key, released_key, tensors_fingerprint
+from nexusgen.model.tensors import write_weights
+from nexusgen.model.weights import (
+    assemble_model,
+    load_model,
+    module_key,
+    released_key,
+    start_editing_decoder,
+    tensors_fingerprint,
+)
 
 
 def test_plain_transformers_and_diffusers_open_the_shipped_base(tmp_path):
@@ -48,9 +57,7 @@ def test_assembled_folder_holds_trained_weights_and_the_bases_rest(tmp_path):
     save_file(trained, tmp_path / "trained.safetensors")
     out = tmp_path / "model"
     lineage = {"runs": ["abc"]}
-    manifest = assemble_model(
-        demo_base(), out, autoregressive=tmp_path / "trained.safetensors", generation_decoder=None, lineage=lineage
-    )
+    manifest = assemble_model(demo_base(), out, autoregressive=tmp_path / "trained.safetensors", lineage=lineage)
     before = read_manifest(demo_base())
     assert manifest.fingerprints["vision"] == before.fingerprints["vision"]
     assert manifest.fingerprints["autoregressive"] != before.fingerprints["autoregressive"]
@@ -61,16 +68,69 @@ def test_assembled_folder_holds_trained_weights_and_the_bases_rest(tmp_path):
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
+def test_trained_weights_replace_a_base_in_several_files(tmp_path):
+    base = shutil.copytree(demo_base(), tmp_path / "base")
+    tensors = load_file(base / "autoregressive" / "model.safetensors")
+    (base / "autoregressive" / "model.safetensors").unlink()
+    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    write_weights(tensors, base / "autoregressive", "model", max_file_bytes=num_bytes // 2)
+    assert len(list((base / "autoregressive").glob("model-*.safetensors"))) == 3
+    save_file({"vision_head.weight": torch.eye(128)}, tmp_path / "trained.safetensors")
+    out = tmp_path / "model"
+    manifest = assemble_model(base, out, autoregressive=tmp_path / "trained.safetensors", lineage={})
+    assert manifest.fingerprints["autoregressive"] != read_manifest(base).fingerprints["autoregressive"]
+    assert torch.equal(load_model(out, ["autoregressive"]).autoregressive.vision_head.weight, torch.eye(128))
+    assert [path.name for path in (out / "autoregressive").glob("model*")] == ["model.safetensors"]
+
+
+def test_an_editing_decoder_starts_from_the_generation_decoder_and_the_language_model():
+    random_state = torch.get_rng_state()
+    started = start_editing_decoder(demo_base())
+    assert torch.equal(torch.get_rng_state(), random_state)  # another's chance isn't touched
+    assert (started.parts, started.generation_decoder) == (("editing_decoder", "vae"), None)
+    assert None not in (started.autoencoder, started.scheduler, started.pooled_prompt, started.negative_context)
+    base = load_model(demo_base())
+    decoder = started.editing_decoder
+    state, transformer = decoder.transformer.state_dict(), base.generation_decoder.transformer.state_dict()
+    assert state.keys() == transformer.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in transformer.items())
+    layer = base.autoregressive.qwen.model.language_model.layers[0].state_dict()
+    assert layer.keys() == decoder.conditioner.layers[0].state_dict().keys()
+    assert all(torch.equal(decoder.conditioner.layers[0].state_dict()[name], tensor) for name, tensor in layer.items())
+    again = start_editing_decoder(demo_base()).editing_decoder
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in decoder.state_dict().items())
+    assert (decoder.config.token_grid, decoder.reference_grid) == ((3, 3), (6, 6))
+    assert (decoder.config.conditioner, decoder.config.token_positions) == ("editing", "grid")
+
+
+def test_a_trained_editing_decoder_is_assembled_onto_a_base_without_one_and_with_one(tmp_path):
+    trained = start_editing_decoder(demo_base()).editing_decoder.state_dict()
+    for number, base in enumerate((demo_base(), tmp_path / "model-0")):
+        trained["conditioner.projector.4.bias"] = torch.full((128,), float(number))
+        save_file({name: tensor.clone() for name, tensor in trained.items()}, tmp_path / "trained.safetensors")
+        out = tmp_path / f"model-{number}"
+        manifest = assemble_model(base, out, editing_decoder=tmp_path / "trained.safetensors", lineage={})
+        assert manifest.parts == ("autoregressive", "generation_decoder", "editing_decoder", "vae")
+        before = read_manifest(base).fingerprints
+        assert all(manifest.fingerprints[part] == before[part] for part in ("autoregressive", "generation_decoder"))
+        made = start_editing_decoder(out).editing_decoder.state_dict()
+        assert made.keys() == trained.keys()
+        assert all(torch.equal(made[name], tensor.bfloat16().float()) for name, tensor in trained.items())
+
+
+def test_an_editing_decoder_cannot_start_from_nothing(tmp_path):
+    shutil.copytree(demo_base(), tmp_path / "model")
+    content = json.loads((tmp_path / "model" / "nexusgen.json").read_text())
+    content["parts"] = ["autoregressive", "vae"]
+    (tmp_path / "model" / "nexusgen.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match="has no part generation_decoder"):
+        start_editing_decoder(tmp_path / "model")
+
+
 def test_a_tensor_without_a_place_is_named(tmp_path):
     save_file({"qwen.surplus": torch.zeros(1)}, tmp_path / "trained.safetensors")
     with pytest.raises(ModelError, match=r"qwen\.surplus"):
-        assemble_model(
-            demo_base(),
-            tmp_path / "model",
-            autoregressive=tmp_path / "trained.safetensors",
-            generation_decoder=None,
-            lineage={},
-        )
+        assemble_model(demo_base(), tmp_path / "model", autoregressive=tmp_path / "trained.safetensors", lineage={})
     assert not (tmp_path / "model").exists()
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,13 @@ from pipelines.arrays import encode_array
 from pipelines.embedded import EmbeddedManifest, SliceInfo
 
 NUM_TARGET_TOKENS = GEOMETRY.num_target_tokens
+NUM_REFERENCE_TOKENS = math.prod(GEOMETRY.reference_grid)
 LATENT_SIZE = (IMAGE_SIZE[0] // 8, IMAGE_SIZE[1] // 8)
+ROLES: Mapping[EmbedMode, tuple[str, ...]] = {
+    "vision": ("input", "target", "crop"),
+    "latents": ("latents",),
+    "predicted": ("reference", "predicted"),
+}
 WORDS = ("red", "green", "blue", "circle", "square", "star", "large", "small", "left", "right")
 
 
@@ -62,12 +69,13 @@ def make_tiny_model(folder: Path, seed: int = 0) -> Path:
 
 
 def make_embedded(storage_uri: str, name: str, model: Path, num_samples: int = 60, rows_per_slice: int = 16) -> None:
-    """Embedded data of modes vision and latents: three tasks in turn, texts of unequal length, learnable targets."""
+    """Embedded data of all modes: three tasks in turn, texts of unequal length, learnable targets."""
     tokenizer = load_tokenizer(model / "autoregressive")
     rows = [_row(number, tokenizer) for number in range(num_samples)]
     fingerprints = read_manifest(model).fingerprints
     write_mode(storage_uri, name, "vision", fingerprints["vision"], rows, rows_per_slice)
     write_mode(storage_uri, name, "latents", fingerprints["vae"], rows, rows_per_slice)
+    write_mode(storage_uri, name, "predicted", fingerprints["autoregressive"], rows, rows_per_slice)
 
 
 def write_mode(
@@ -81,7 +89,7 @@ def write_mode(
 ) -> None:
     """One mode of embedded data, as `embed` leaves it; `without` names columns to leave out."""
     folder = embedded.folder_of(storage_uri, name, mode)
-    schema = embedded_schema(("input", "target", "crop") if mode == "vision" else ("latents",))
+    schema = embedded_schema(ROLES[mode])
     slices = []
     for number, start in enumerate(range(0, len(rows), rows_per_slice)):
         part = [{column: row.get(column) for column in schema.names} for row in rows[start : start + rows_per_slice]]
@@ -120,11 +128,16 @@ def _row(number: int, tokenizer: Any) -> dict[str, Any]:
     }
     target = torch.randn(NUM_TARGET_TOKENS, HIDDEN_SIZE, generator=torch.Generator().manual_seed(pattern))
     latents = torch.randn(LATENT_CHANNELS, *LATENT_SIZE, generator=torch.Generator().manual_seed(100 + pattern))
-    is_target = [role == "assistant" for role in roles]
-    row |= _entries("input", [i for i, said in enumerate(is_target) if not said], grid, target.flip(0))
-    row |= _entries("target", [i for i, said in enumerate(is_target) if said], grid, target)
-    row |= _entries("crop", [i for i, said in enumerate(is_target) if said], grid, target)
-    row |= _entries("latents", [i for i, said in enumerate(is_target) if said], LATENT_SIZE, latents)
+    shown = [i for i, role in enumerate(roles) if role == "user"]
+    drawn = [i for i, role in enumerate(roles) if role == "assistant"]
+    row |= _entries("input", shown, grid, target.flip(0))
+    row |= _entries("target", drawn, grid, target)
+    row |= _entries("crop", drawn, grid, target)
+    row |= _entries("latents", drawn, LATENT_SIZE, latents)
+    noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(200 + number))
+    row |= _entries("predicted", drawn, grid, target + 0.1 * noise)
+    large = torch.randn(NUM_REFERENCE_TOKENS, HIDDEN_SIZE, generator=torch.Generator().manual_seed(300 + pattern))
+    row |= _entries("reference", shown if drawn else [], GEOMETRY.reference_grid, large)
     return row
 
 
