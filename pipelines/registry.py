@@ -24,7 +24,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -293,10 +292,9 @@ def _publish(config: RegisterConfig, base: Path, trained: dict[str, Checkpoint],
     if models is not None:
         models.mkdir(parents=True, exist_ok=True)  # assembled on the same disk, so that renaming is atomic
     with tempfile.TemporaryDirectory(prefix=".assembling-", dir=models) as scratch:
-        weights = {
-            stage: _local_file(storage.join(found.uri, "model.safetensors"), Path(scratch))
-            for stage, found in trained.items()
-        }
+        weights = {stage: Path(scratch) / f"{stage}.safetensors" for stage in trained}
+        for stage, found in trained.items():
+            checkpoint.export_weights(found, weights[stage])
         out = Path(scratch) / "model"
         from nexusgen.model.weights import assemble_model  # torch, which no other command of the registry needs
 
@@ -318,18 +316,6 @@ def _publish(config: RegisterConfig, base: Path, trained: dict[str, Checkpoint],
         else:
             storage.upload_folder(out, target)
     return manifest.fingerprint
-
-
-def _local_file(uri: str, scratch: Path) -> Path:
-    """One file of a storage as a local path; only object storage is copied."""
-    if not storage.exists(uri):
-        raise ModelError(f"{uri} is missing: the checkpoint is incomplete")
-    if not storage.is_remote(uri):
-        return storage.local_path(uri)
-    handle, name = tempfile.mkstemp(dir=scratch)
-    with os.fdopen(handle, "wb") as out, storage.open_input(uri) as stream:
-        shutil.copyfileobj(stream, out, storage.READ_BUFFER_BYTES)
-    return Path(name)
 
 
 def _version_tags(

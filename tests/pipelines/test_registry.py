@@ -69,8 +69,9 @@ def train_by_hand(storage: str, base: Path, stage: str, inputs: list[checkpoint.
         loss_last=1.0,
         validation={},
     )
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
-    checkpoint.save(checkpoint.stage_folder(storage, NAME, stage), module, optimizer, meta)
+    saver = checkpoint.Saver(checkpoint.stage_folder(storage, NAME, stage), 0, 1, 1)
+    saver.save(module, torch.optim.SGD(module.parameters()), None, meta)
+    saver.close()
     return run.run_id
 
 
