@@ -85,10 +85,13 @@ class PlannedStep:
         """All rows of the step."""
         return np.concatenate(self.streams)
 
-    def rows_of(self, rank: int, world_size: int) -> Rows:
-        """The rows that one rank takes."""
-        share = len(self.streams) // world_size
-        return np.concatenate(self.streams[rank * share : (rank + 1) * share])
+    def rows_of(self, rank: int, world_size: int, num_parts: int = 1) -> list[Rows]:
+        """The rows that one rank takes, in so many parts, one after another."""
+        share = len(self.streams) // (world_size * num_parts)
+        first = rank * num_parts
+        return [
+            np.concatenate(self.streams[part * share : (part + 1) * share]) for part in range(first, first + num_parts)
+        ]
 
 
 def plan_epoch(table: RowTable, rule: BatchRule, seed: int, epoch: int) -> list[Rows]:
@@ -196,12 +199,13 @@ class Plan:
         return tuple(by_length[stream :: self._rule.virtual_streams] for stream in range(self._rule.virtual_streams))
 
 
-def check_world_size(virtual_streams: int, world_size: int) -> None:
+def check_world_size(virtual_streams: int, world_size: int, num_parts: int = 1) -> None:
     """Raises: ConfigError if the streams can't be dealt out evenly."""
-    if virtual_streams % world_size:
+    if virtual_streams % (world_size * num_parts):
+        in_parts = f" in accumulate={num_parts} parts each" if num_parts > 1 else ""
         raise ConfigError(
-            f"{world_size} workers can't share virtual_streams={virtual_streams} evenly: "
-            f"set virtual_streams to a multiple of num_workers"
+            f"{world_size} workers can't share virtual_streams={virtual_streams} evenly{in_parts}: "
+            f"set virtual_streams to a multiple of {'num_workers x accumulate' if num_parts > 1 else 'num_workers'}"
         )
 
 
@@ -209,11 +213,19 @@ def check_world_size(virtual_streams: int, world_size: int) -> None:
 
 
 @dataclass(frozen=True)
+class MicroBatch(Generic[BatchT]):
+    """What one forward takes. `weight` is 0 where a step has too few rows: a stand-in, so that ranks stay in step."""
+
+    content: BatchT
+    weight: float
+
+
+@dataclass(frozen=True)
 class Batch(Generic[BatchT]):
-    """One rank's part of a step, and how long the training loop waited for it. `content` is None without rows."""
+    """One rank's part of a step, and how long the training loop waited for it."""
 
     planned: PlannedStep
-    content: BatchT | None
+    micro_batches: tuple[MicroBatch[BatchT], ...]
     wait_s: float
 
 
@@ -226,21 +238,31 @@ class Source(Protocol[BatchT_co]):
 
 
 def iterate(
-    plan: Plan, source: Source[BatchT], num_steps: int, from_step: int, rank: int, world_size: int
+    plan: Plan,
+    source: Source[BatchT],
+    num_steps: int,
+    from_step: int,
+    rank: int,
+    world_size: int,
+    num_micro_batches: int = 1,
 ) -> Iterator[Batch[BatchT]]:
     """One rank's batches of the steps from `from_step` to `num_steps`, made ahead in a background thread.
 
     What the thread raises is raised here. Closing the iterator ends the thread.
     """
-    made: queue.Queue[tuple[PlannedStep, BatchT | None] | BaseException | None] = queue.Queue(NUM_PREFETCHED)
+    made: queue.Queue[tuple[PlannedStep, tuple[MicroBatch[BatchT], ...]] | BaseException | None]
+    made = queue.Queue(NUM_PREFETCHED)
     is_closed = threading.Event()
 
     def work() -> None:
         try:
             for planned in itertools.islice(plan.steps(from_step), num_steps - from_step):
-                rows = planned.rows_of(rank, world_size)
-                item = (planned, source.batch(rows) if len(rows) else None)
-                if not _put(made, item, is_closed):
+                parts = planned.rows_of(rank, world_size, num_micro_batches)
+                micro_batches = tuple(
+                    MicroBatch(source.batch(rows if len(rows) else planned.rows[:1]), float(len(rows) > 0))
+                    for rows in parts
+                )
+                if not _put(made, (planned, micro_batches), is_closed):
                     return
             _put(made, None, is_closed)
         except BaseException as error:  # not lost in a thread: raised where the batches are used

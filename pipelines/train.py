@@ -1,53 +1,37 @@
 """The job `train`: one stage on Ray Train workers, resumed where it stopped, followed in MLflow.
 
-Every worker runs `_work`: it opens the model and the data itself, asks the plan for its part of each step, and sums
-losses, counts and gradients with the others in one flat all-reduce each, so that results don't depend on how gradients
-are bucketed. Rank 0 logs, validates and writes checkpoints. The driver checks everything that can be checked before a
-worker starts.
+The driver checks everything that can be checked before a worker starts; each worker runs the loop of `loop.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import shutil
 import signal
 import sys
 import threading
-import time
 import uuid
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self
 
 import torch
-from jaxtyping import Float
-from PIL import Image
 from pydantic import Field, model_validator
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nexusgen.config import Config, dump_config
 from nexusgen.errors import ConfigError, ModelError, NexusgenError
 from nexusgen.flow_matching import LevelDensity
-from nexusgen.losses import LossPart, total_loss
 from nexusgen.model.manifest import Manifest, read_manifest
 from nexusgen.schema import Task
 from pipelines import checkpoint, storage, tracking
-from pipelines.batches import Batch, BatchRule, Plan, check_world_size, iterate
-from pipelines.checkpoint import Checkpoint, Meta
+from pipelines.batches import BatchRule, Plan, check_world_size
+from pipelines.checkpoint import Checkpoint
+from pipelines.loop import Ranks, open_training, run_training
 from pipelines.registry import pin_model, resolve_model
 from pipelines.runtime import CpuMeter, JobReport, ray_cluster
-from pipelines.sheets import Cell, draw_sheet
-from pipelines.stage_data import StageData, StageSource, open_data
-from pipelines.stages import STAGES, AnyStage, StageName, StepRandom, build_stage
+from pipelines.stages import STAGES, StageName
 
-PROGRESS_EVERY_S = 2.0  # rank 0 writes where it is
-SHOW_EVERY_S = 10.0  # the driver prints it
-VALIDATION_BATCH = 32
-NUM_PICTURES = 16
+SHOW_EVERY_S = 10.0  # the driver prints where rank 0 is
 
 
 class TrainConfig(Config):
@@ -72,23 +56,35 @@ class TrainConfig(Config):
     weight_decay: float = Field(default=0.01, ge=0)  # on matrices only
     gradient_clip: float = Field(default=1.0, gt=0)
     precision: Literal["bf16", "fp32"] = "bf16"  # of the forward; weights and optimizer are always fp32
+    normalisation: Literal["global", "per_rank"] = "global"  # per_rank: as the released model was trained
     levels: LevelDensity = "logit_normal"  # noise levels of a decoder stage
+    conditioning_dropout: float = Field(
+        default=0.0, ge=0, lt=1
+    )  # share of a decoder's samples drawn without their image
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)  # of the averaged weights that are published; 0: none are kept
+    max_gradient_ratio: float = Field(default=20.0, gt=1)  # a gradient so many times the usual one is skipped
+    max_skipped_steps: int = Field(default=20, ge=0)  # more of them end the training
     seed: int = 0
 
     num_workers: int = Field(default=1, ge=1)
+    max_restarts: int = Field(default=3, ge=0)  # of the workers, from the last checkpoint, when one or its node dies
+    parallelism: Literal["replicated", "fsdp"] = "replicated"  # of weights, gradients and optimizer
+    accumulate: int = Field(default=1, ge=1)  # micro-batches that a worker makes of its part of a step
+    activation_checkpointing: bool = False  # compute activations again in the backward, for a third more arithmetic
     cpus_per_worker: float = Field(default=0.5, gt=0)  # logical, as Ray counts them
     threads_per_worker: int = Field(default=1, ge=1)
 
     validation_fraction: float = Field(default=0.02, ge=0, lt=1)  # of the samples, held out by a hash of their key
     validation_samples: int = Field(default=256, ge=0)  # at most so many are looked at
     checkpoint_every: int = Field(default=500, ge=1)  # steps; the last step always has one
+    keep_checkpoints: int = Field(default=2, ge=1)  # so many of the last, and the best on held-out samples
     log_every: int = Field(default=10, ge=1)  # steps
     fresh: bool = False  # start over even if a training of this name and stage can be resumed
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         try:
-            check_world_size(self.virtual_streams, self.num_workers)
+            check_world_size(self.virtual_streams, self.num_workers, self.accumulate)
         except ConfigError as error:
             raise ValueError(str(error)) from None
         return self
@@ -115,6 +111,11 @@ _FREE_KEYS = {
     "model",  # its fingerprint is compared instead
     "data",  # its digest, in the plan's
     "num_workers",
+    "max_restarts",
+    "parallelism",
+    "accumulate",
+    "activation_checkpointing",
+    "keep_checkpoints",
     "cpus_per_worker",
     "threads_per_worker",
     "validation_samples",
@@ -141,7 +142,7 @@ def train(config: TrainConfig, parent_run_id: str | None = None) -> JobReport:
         folder = resolve_model(config.model, config.storage)
         manifest = read_manifest(folder)
         _check_parts(config, manifest)
-        data, plan = _open(config, manifest)
+        data, plan = open_training(config, manifest)
         place = checkpoint.stage_folder(config.storage, config.name, config.stage)
         found = None if config.fresh else checkpoint.latest(place)
         if found is not None:
@@ -182,18 +183,12 @@ def train(config: TrainConfig, parent_run_id: str | None = None) -> JobReport:
 
 
 def _check_parts(config: TrainConfig, manifest: Manifest) -> None:
-    missing = [part for part in STAGES[config.stage].parts if part not in manifest.parts]
+    missing = STAGES[config.stage].missing_parts(manifest.parts)
     if missing:
         raise ModelError(
             f"model={config.model} lacks {', '.join(missing)}, which stage {config.stage} trains; "
             f"it holds {', '.join(manifest.parts) or 'nothing'}"
         )
-
-
-def _open(config: TrainConfig, manifest: Manifest) -> tuple[StageData, Plan]:
-    stage = STAGES[config.stage]
-    data = open_data(config.storage, config.data_names, stage, manifest, config.validation_fraction)
-    return data, Plan(data.train_table, config.batch_rule, config.seed, data.digest)
 
 
 def _check_same_training(config: TrainConfig, plan: Plan, manifest: Manifest, found: Checkpoint) -> None:
@@ -237,7 +232,7 @@ def _report(seconds: float, cpu_seconds: float, done: Checkpoint, resumed_from: 
 
 def _fit(config: TrainConfig, run_id: str, place: str) -> None:
     """Run `_work` on the workers until the last step. Raises: the workers' own NexusgenError."""
-    from ray.train import RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     scratch = storage.join(place, ".ray")  # Ray Train wants a place that all nodes reach; it holds nothing of value
@@ -247,7 +242,11 @@ def _fit(config: TrainConfig, run_id: str, place: str) -> None:
         scaling_config=ScalingConfig(
             num_workers=config.num_workers, resources_per_worker={"CPU": config.cpus_per_worker}
         ),
-        run_config=RunConfig(name=f"{config.stage}-{uuid.uuid4().hex[:8]}", storage_path=scratch),
+        run_config=RunConfig(
+            name=f"{config.stage}-{uuid.uuid4().hex[:8]}",
+            storage_path=scratch,
+            failure_config=FailureConfig(max_failures=config.max_restarts),
+        ),
         torch_config=TorchConfig(backend="gloo"),
     )
     is_main_thread = threading.current_thread() is threading.main_thread()
@@ -322,299 +321,3 @@ def progress_line(stage: str, progress: Mapping[str, Any]) -> str:
         f"train {stage}: step {progress['step']}/{progress['num_steps']} {parts} "
         f"{progress['samples_per_s']:.0f} samples/s, {eta_s / 60:.1f} min left"
     )
-
-
-# --- the loop ---
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among the workers."""
-
-    rank: int = 0
-    world_size: int = 1
-
-    def sum_(self, tensor: Float[Tensor, "..."]) -> None:
-        """Replace a tensor by its sum over all ranks."""
-        if self.world_size > 1:
-            torch.distributed.all_reduce(tensor)
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one step did, over all ranks; `losses` are means by part, `loss` their weighted sum."""
-
-    step: int
-    loss: float
-    losses: Mapping[str, float]
-    grad_norm: float
-    learning_rate: float
-    num_samples: int
-    num_tokens: int
-    seconds: float
-    wait_s: float
-
-
-def learning_rate_at(step: int, config: TrainConfig) -> float:
-    """Linear warm-up, then a cosine down to `final_lr_fraction` at the last step."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.num_steps - 1 - config.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return config.learning_rate * (config.final_lr_fraction + (1 - config.final_lr_fraction) * cosine)
-
-
-def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    parameters = list(module.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
-
-
-def training_steps(
-    stage: AnyStage,
-    batches: Iterator[Batch[Any]],
-    plan: Plan,
-    optimizer: torch.optim.Optimizer,
-    config: TrainConfig,
-    ranks: Ranks,
-) -> Iterator[StepRecord]:
-    """Take one optimizer step per batch. Losses and gradients are those of the whole step, whatever the ranks.
-
-    Raises: NexusgenError if the loss is no longer finite.
-    """
-    parameters = list(stage.module.parameters())
-    stage.module.train()
-    for batch in batches:
-        started = time.perf_counter()
-        step, rows = batch.planned.step, batch.planned.rows
-        parts = _losses(stage, batch, config)
-        means, counts = _global_means(parts, list(stage.weights), ranks)
-        loss = sum(stage.weights[name] * mean for name, mean in means.items())
-        if not math.isfinite(loss):
-            raise NexusgenError(
-                f"train {config.stage}: the loss is {loss} at step {step}: lower learning_rate, or look at the data"
-            )
-        optimizer.zero_grad()
-        if parts:
-            total_loss(parts, stage.weights, counts).backward()
-        _sum_gradients(parameters, ranks)
-        grad_norm = nn.utils.clip_grad_norm_(parameters, config.gradient_clip, foreach=True)
-        learning_rate = learning_rate_at(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        optimizer.step()
-        yield StepRecord(
-            step=step,
-            loss=loss,
-            losses=means,
-            grad_norm=float(grad_norm),
-            learning_rate=learning_rate,
-            num_samples=len(rows),
-            num_tokens=plan.num_tokens(rows),
-            seconds=time.perf_counter() - started + batch.wait_s,
-            wait_s=batch.wait_s,
-        )
-
-
-def _losses(stage: AnyStage, batch: Batch[Any], config: TrainConfig) -> dict[str, LossPart]:
-    if batch.content is None:
-        return {}
-    with _forward_precision(config):
-        return stage.loss(batch.content, StepRandom(config.seed, batch.planned.step))
-
-
-@contextlib.contextmanager
-def _forward_precision(config: TrainConfig) -> Iterator[None]:
-    """Autocast, if asked for. Attention by plain matrix products: the backward of the CPU's fused bf16 kernel is slow
-    (a third of a whole step of the demo's sizes, measured with torch 2.13)."""
-    if config.precision == "fp32":
-        yield
-        return
-    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-        yield
-
-
-def _global_means(
-    parts: Mapping[str, LossPart], names: Sequence[str], ranks: Ranks
-) -> tuple[dict[str, float], dict[str, int]]:
-    """Mean and count of each part over all ranks; a part without terms has mean 0."""
-    sums = [float(parts[name].sum.detach()) if name in parts else 0.0 for name in names]
-    counts = [float(parts[name].count) if name in parts else 0.0 for name in names]
-    totals = torch.tensor([sums, counts], dtype=torch.float64)
-    ranks.sum_(totals)
-    all_sums, all_counts = totals.tolist()
-    means = {name: total / max(count, 1.0) for name, total, count in zip(names, all_sums, all_counts, strict=True)}
-    return means, {name: int(count) for name, count in zip(names, all_counts, strict=True)}
-
-
-def _sum_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
-    """Sum gradients over ranks in one flat all-reduce; what the loss didn't touch gets zeros."""
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    if ranks.world_size == 1:
-        return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    ranks.sum_(flat)
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
-
-
-def run_training(config: TrainConfig, run_id: str, ranks: Ranks, run: tracking.Run | None) -> None:
-    """Train from the last checkpoint, or the beginning, to the last step. Rank 0 may have a `run` to log into."""
-    folder = resolve_model(config.model, config.storage)
-    manifest = read_manifest(folder)
-    data, plan = _open(config, manifest)
-    torch.manual_seed(config.seed)
-    stage = build_stage(config.stage, folder, config.levels)
-    optimizer = make_optimizer(stage.module, config)
-    place = checkpoint.stage_folder(config.storage, config.name, config.stage)
-    found = checkpoint.latest(place)
-    if found is not None:
-        checkpoint.load(found, stage.module, optimizer)
-    meta = found.meta if found is not None else _first_meta(config, run_id, ranks, manifest, data, plan)
-    source: StageSource[Any, Any] = StageSource(data, stage)
-    batches = iterate(plan, source, config.num_steps, meta.step, ranks.rank, ranks.world_size)
-    follower = _Follower(config, run, place)
-    for record in training_steps(stage, batches, plan, optimizer, config, ranks):
-        step = record.step + 1
-        meta = meta.model_copy(
-            update={
-                "step": step,
-                "world_size": ranks.world_size,
-                "num_samples": meta.num_samples + record.num_samples,
-                "loss_first": record.loss if record.step == 0 else meta.loss_first,
-                "loss_last": record.loss,
-            }
-        )
-        if ranks.rank != 0:
-            continue
-        follower.follow(record)
-        if step % config.checkpoint_every == 0 or step == config.num_steps:
-            meta = meta.model_copy(
-                update={"validation": _validate(stage, data, source, config), "loss_last": follower.loss}
-            )
-            checkpoint.save(place, stage.module, optimizer, meta)
-            follower.show_validation(step, meta.validation, _draw(stage, data, source))
-    cpu_seconds = torch.tensor([time.process_time()], dtype=torch.float64)
-    ranks.sum_(cpu_seconds)
-    if ranks.rank == 0:
-        follower.finish(float(cpu_seconds))
-
-
-def _first_meta(
-    config: TrainConfig, run_id: str, ranks: Ranks, manifest: Manifest, data: StageData, plan: Plan
-) -> Meta:
-    return Meta(
-        stage=config.stage,
-        step=0,
-        num_steps=config.num_steps,
-        run_id=run_id,
-        seed=config.seed,
-        plan_digest=plan.digest,
-        world_size=ranks.world_size,
-        config=config.model_dump(mode="json"),
-        base_fingerprint=manifest.fingerprint,
-        inputs=data.inputs,
-        num_samples=0,
-        loss_first=0.0,
-        loss_last=0.0,
-        validation={},
-    )
-
-
-@torch.no_grad()
-def _validate(stage: AnyStage, data: StageData, source: StageSource[Any, Any], config: TrainConfig) -> dict[str, float]:
-    """Losses on held-out samples by part, with the same random numbers every time, beside the stage's baseline."""
-    held_out = source.samples(data.validation[: config.validation_samples])
-    if not held_out:
-        return {}
-    parts: dict[str, list[LossPart]] = {name: [] for name in stage.weights}
-    stage.module.eval()
-    for start in range(0, len(held_out), VALIDATION_BATCH):
-        batch = stage.collate(held_out[start : start + VALIDATION_BATCH])
-        with _forward_precision(config):
-            for name, part in stage.loss(batch, StepRandom(config.seed, -1)).items():  # type: ignore[arg-type]
-                parts[name].append(part)
-    stage.module.train()
-    means = {
-        name: float(sum(float(part.sum) for part in found) / max(1, sum(part.count for part in found)))
-        for name, found in parts.items()
-    }
-    return means | stage.baseline(source.samples(data.train[: config.validation_samples]), held_out)
-
-
-def _draw(stage: AnyStage, data: StageData, source: StageSource[Any, Any]) -> Image.Image | None:
-    """Targets beside predictions of the first held-out samples (of training samples, where none is held out)."""
-    rows = data.validation if len(data.validation) else data.train
-    pairs = stage.pictures(source.samples(rows[:NUM_PICTURES]))
-    if not pairs:
-        return None
-    return draw_sheet([Cell(pair, "") for pair in pairs], num_columns=4, title="target | decoded from its embedding")
-
-
-class _Follower:
-    """Rank 0's eyes: metrics of every `log_every` steps into MLflow, and where the training is into progress.json."""
-
-    def __init__(self, config: TrainConfig, run: tracking.Run | None, place: str) -> None:
-        self._config, self._run, self._place = config, run, place
-        self._window: deque[StepRecord] = deque(maxlen=config.log_every)
-        self._written = 0.0
-        self._progress: dict[str, Any] = {"stage": config.stage, "num_steps": config.num_steps, "cpu_seconds": None}
-
-    @property
-    def loss(self) -> float:
-        """Mean loss of the last steps, `log_every` at most."""
-        return sum(record.loss for record in self._window) / len(self._window)
-
-    def follow(self, record: StepRecord) -> None:
-        """Take note of a step."""
-        self._window.append(record)
-        step = record.step + 1
-        is_due = step % self._config.log_every == 0 or step == self._config.num_steps
-        if is_due and self._run is not None:
-            self._run.log_metrics(self._metrics(), step)
-        if time.monotonic() - self._written > PROGRESS_EVERY_S:
-            self._write(step)
-
-    def show_validation(self, step: int, validation: Mapping[str, float], sheet: Image.Image | None) -> None:
-        """Log what held-out samples say."""
-        if self._run is None:
-            return
-        self._run.log_metrics({f"eval/validation/{name}": value for name, value in validation.items()}, step)
-        if sheet is not None:
-            self._run.log_image(sheet, f"samples/step-{step:06d}.png")
-
-    def finish(self, cpu_seconds: float) -> None:
-        """Leave what the driver reports."""
-        self._progress["cpu_seconds"] = cpu_seconds
-        self._write(self._config.num_steps)
-
-    def _metrics(self) -> dict[str, float]:
-        window, last = self._window, self._window[-1]
-        seconds = sum(record.seconds for record in window)
-        losses = {f"train/{name}": sum(record.losses[name] for record in window) / len(window) for name in last.losses}
-        return losses | {
-            "train/loss": self.loss,
-            "train/grad_norm": last.grad_norm,
-            "train/lr": last.learning_rate,
-            "train/samples_per_s": sum(record.num_samples for record in window) / seconds,
-            "train/tokens_per_s": sum(record.num_tokens for record in window) / seconds,
-            "train/data_wait_fraction": sum(record.wait_s for record in window) / seconds,
-        }
-
-    def _write(self, step: int) -> None:
-        self._written = time.monotonic()
-        if self._window:
-            seconds = sum(record.seconds for record in self._window)
-            self._progress |= {
-                "losses": dict(self._window[-1].losses),
-                "samples_per_s": sum(record.num_samples for record in self._window) / seconds,
-                "steps_per_s": len(self._window) / seconds,
-            }
-        storage.write_json(storage.join(self._place, "progress.json"), self._progress | {"step": step})

@@ -44,7 +44,13 @@ def test_every_row_is_seen_exactly_once_per_epoch_on_any_number_of_workers(rule:
     plan = Plan(table, rule, seed=3, data_digest="d")
     steps = list(itertools.takewhile(lambda planned: planned.epoch < 2, plan.steps()))
     for epoch in (0, 1):
-        taken = [p.rows_of(rank, world_size) for p in steps if p.epoch == epoch for rank in range(world_size)]
+        taken = [
+            rows
+            for p in steps
+            if p.epoch == epoch
+            for rank in range(world_size)
+            for rows in p.rows_of(rank, world_size)
+        ]
         assert sorted(np.concatenate(taken)) == list(range(1000))
     assert [p.step for p in steps] == list(range(len(steps)))
     orders = [np.concatenate([p.rows for p in steps if p.epoch == epoch]) for epoch in (0, 1)]
@@ -55,7 +61,7 @@ def test_the_samples_of_a_step_do_not_depend_on_the_number_of_workers() -> None:
     plan = Plan(make_table(500), BatchRule(samples=24, virtual_streams=4), seed=0, data_digest="d")
     for planned in itertools.islice(plan.steps(), 30):
         for world_size in (1, 2, 4):
-            parts = [planned.rows_of(rank, world_size) for rank in range(world_size)]
+            parts = [rows for rank in range(world_size) for rows in planned.rows_of(rank, world_size)]
             assert np.array_equal(np.concatenate(parts), planned.rows)
 
 
@@ -128,6 +134,8 @@ def test_uneven_workers_and_unclear_rules_are_refused() -> None:
     check_world_size(4, 2)
     with pytest.raises(ConfigError, match="virtual_streams"):
         check_world_size(4, 3)
+    with pytest.raises(ConfigError, match="num_workers x accumulate"):
+        check_world_size(4, 2, 4)
     for values in ({}, {"samples": 3, "tokens": 3}, {"samples": 3, "mixture": {}}):
         with pytest.raises(ValidationError):
             BatchRule.model_validate(values)
@@ -153,13 +161,25 @@ def test_batches_come_in_planned_order_from_any_step_and_cover_both_ranks() -> N
     parts: list[list[Batch[list[int]]]] = [list(iterate(plan, ListSource(), 25, 7, rank, 2)) for rank in range(2)]
     assert [batch.planned.step for batch in parts[0]] == list(range(7, 25))
     for first, second in zip(*parts, strict=True):
-        assert (first.content or []) + (second.content or []) == first.planned.rows.tolist()
+        (ours,), (theirs,) = first.micro_batches, second.micro_batches
+        assert ours.content + theirs.content == first.planned.rows.tolist()
+        assert (ours.weight, theirs.weight) == (1.0, 1.0)
+
+
+def test_micro_batches_are_what_more_ranks_would_take() -> None:
+    plan = Plan(make_table(100), BatchRule(samples=10, virtual_streams=4), seed=0, data_digest="d")
+    (alone,) = list(iterate(plan, ListSource(), 1, 0, 0, 1, num_micro_batches=4))
+    ranks = [next(iter(iterate(plan, ListSource(), 1, 0, rank, 4))) for rank in range(4)]
+    assert alone.micro_batches == tuple(batch.micro_batches[0] for batch in ranks)
 
 
 def test_a_rank_without_rows_still_takes_the_step() -> None:
     plan = Plan(make_table(3), BatchRule(samples=1, virtual_streams=2), seed=0, data_digest="d")
     batches = list(iterate(plan, ListSource(), 3, 0, 1, 2))
-    assert [batch.content for batch in batches] == [None, None, None]
+    stand_ins = [batch.planned.rows.tolist() for batch in batches]
+    assert [[(m.content, m.weight) for m in batch.micro_batches] for batch in batches] == [
+        [(r, 0.0)] for r in stand_ins
+    ]
 
 
 def test_an_error_of_the_reader_is_raised_in_the_loop_and_closing_ends_the_thread() -> None:
