@@ -33,7 +33,7 @@ from pydantic import Field, ValidationError
 
 from nexusgen.config import Config, dump_config
 from nexusgen.errors import ConfigError, FingerprintError, GateError, InputError, ModelError, UsageError
-from nexusgen.model.manifest import demo_base, read_manifest
+from nexusgen.model.manifest import Manifest, demo_base, read_manifest
 from nexusgen.schema import MANIFEST_NAME
 from pipelines import checkpoint, storage, tracking
 from pipelines.checkpoint import Checkpoint
@@ -74,6 +74,7 @@ class RegisterConfig(Config):
     model: str = DEMO_BASE  # the base that the stages were trained from
     ar: str | None = "latest"  # a checkpoint's URI, `latest` of this project, or null: the base's own weights
     generation_decoder: str | None = "latest"
+    editing_decoder: str | None = None  # learned from the predictions of the base's language model: then ar is null
 
 
 class PromoteConfig(Config):
@@ -97,7 +98,8 @@ def register(config: RegisterConfig, parent_run_id: str | None = None) -> JobRep
     with CpuMeter() as meter:
         base = resolve_model(config.model, config.storage)
         trained = _find_checkpoints(config)
-        base_fingerprint = read_manifest(base).fingerprint
+        base_manifest = read_manifest(base)
+        base_fingerprint = base_manifest.fingerprint
         for found in trained.values():
             _check_base(found, base_fingerprint, config.model)
         recipe = _hash([base_fingerprint, *[_identity(found) for found in trained.values()]])
@@ -108,7 +110,7 @@ def register(config: RegisterConfig, parent_run_id: str | None = None) -> JobRep
         with tracking.job_run(
             config.storage, config.name, "register", dump_config(config), parent=parent_run_id
         ) as run:
-            lineage = _lineage(config, base_fingerprint, trained) | {"register_run_id": run.run_id}
+            lineage = _lineage(config, base_manifest, trained) | {"register_run_id": run.run_id}
             fingerprint = _publish(config, base, trained, lineage)
             run.set_tags({tracking.TAG_FINGERPRINT: fingerprint})
             for stage, found in trained.items():
@@ -117,7 +119,7 @@ def register(config: RegisterConfig, parent_run_id: str | None = None) -> JobRep
             version = _find_version(client, tracking.TAG_FINGERPRINT, fingerprint)
             is_known = version is not None
             if version is None:
-                tags = _version_tags(config, fingerprint, recipe, run.run_id, trained)
+                tags = _version_tags(config, fingerprint, recipe, run.run_id, lineage["stages"])
                 version = _create_version(client, config.storage, fingerprint, run.run_id, tags)
             report = _register_report(meter, config.storage, version, reused=is_known, run_id=run.run_id)
             run.log_report(report)
@@ -222,9 +224,20 @@ def scores_uri(storage_uri: str, fingerprint: str, suite: str) -> str:
 
 
 def _find_checkpoints(config: RegisterConfig) -> dict[str, Checkpoint]:
-    """The trained checkpoints by stage."""
+    """The trained checkpoints by stage. Raises: FingerprintError if they don't belong together; as `register`."""
+    asked = {
+        "ar": config.ar,
+        "generation_decoder": config.generation_decoder,
+        "editing_decoder": config.editing_decoder,
+    }
+    if asked["editing_decoder"] is not None and asked["ar"] is not None:
+        raise FingerprintError(
+            f"editing_decoder={config.editing_decoder} learned from what the autoregressive model of "
+            f"model={config.model} predicts, but ar={config.ar} would be published in its place: set ar=null to keep "
+            "the base's, or register ar first and train the editing decoder from that version, on its predictions"
+        )
     trained = {}
-    for stage, wanted in (("ar", config.ar), ("generation_decoder", config.generation_decoder)):
+    for stage, wanted in asked.items():
         if wanted is None:
             continue
         found = _latest_checkpoint(config, stage) if wanted == "latest" else _read_checkpoint(wanted)
@@ -232,7 +245,7 @@ def _find_checkpoints(config: RegisterConfig) -> dict[str, Checkpoint]:
             raise ModelError(f"{stage}={wanted}: that checkpoint is of stage {found.meta.stage}")
         trained[stage] = found
     if not trained:
-        raise ConfigError("register: ar and generation_decoder are both null, so there is nothing to publish")
+        raise ConfigError(f"register: {', '.join(asked)} are all null, so there is nothing to publish")
     return trained
 
 
@@ -270,19 +283,21 @@ def _check_base(found: Checkpoint, base_fingerprint: str, model: str) -> None:
         )
 
 
-def _lineage(config: RegisterConfig, base_fingerprint: str, trained: dict[str, Checkpoint]) -> dict[str, Any]:
+def _lineage(config: RegisterConfig, base: Manifest, trained: dict[str, Checkpoint]) -> dict[str, Any]:
+    """What the model is made of; stages whose weights stay the base's are where the base says."""
+    stages = {
+        stage: {
+            "checkpoint": found.uri,
+            "step": found.meta.step,
+            "run_id": found.meta.run_id,
+            "inputs": [data.model_dump() for data in found.meta.inputs],
+        }
+        for stage, found in trained.items()
+    }
     return {
         "project": config.name,
-        "base_fingerprint": base_fingerprint,
-        "stages": {
-            stage: {
-                "checkpoint": found.uri,
-                "step": found.meta.step,
-                "run_id": found.meta.run_id,
-                "inputs": [data.model_dump() for data in found.meta.inputs],
-            }
-            for stage, found in trained.items()
-        },
+        "base_fingerprint": base.fingerprint,
+        "stages": {**base.lineage.get("stages", {}), **stages},
     }
 
 
@@ -303,6 +318,7 @@ def _publish(config: RegisterConfig, base: Path, trained: dict[str, Checkpoint],
             out,
             autoregressive=weights.get("ar"),
             generation_decoder=weights.get("generation_decoder"),
+            editing_decoder=weights.get("editing_decoder"),
             lineage=lineage,
         )
         (out / "config.yaml").write_text(dump_config(config), encoding="utf-8")
@@ -319,16 +335,16 @@ def _publish(config: RegisterConfig, base: Path, trained: dict[str, Checkpoint],
 
 
 def _version_tags(
-    config: RegisterConfig, fingerprint: str, recipe: str, run_id: str, trained: dict[str, Checkpoint]
+    config: RegisterConfig, fingerprint: str, recipe: str, run_id: str, stages: Mapping[str, Any]
 ) -> dict[str, str]:
-    inputs = [{"stage": stage, **data.model_dump()} for stage, found in trained.items() for data in found.meta.inputs]
+    inputs = [{"stage": stage, **data} for stage, made in stages.items() for data in made["inputs"]]
     return {
         tracking.TAG_FINGERPRINT: fingerprint,
         TAG_PROJECT: config.name,
         TAG_RECIPE: recipe,
         TAG_INPUTS: json.dumps(inputs),
         f"{TAG_RUN}.register": run_id,
-        **{f"{TAG_RUN}.{stage}": found.meta.run_id for stage, found in trained.items()},
+        **{f"{TAG_RUN}.{stage}": made["run_id"] for stage, made in stages.items()},
     }
 
 

@@ -15,7 +15,7 @@ from tiny_training import make_tiny_model
 
 from nexusgen.errors import ConfigError, FingerprintError, GateError, InputError, ModelError, UsageError
 from nexusgen.model.manifest import read_manifest
-from nexusgen.model.weights import load_model
+from nexusgen.model.weights import load_model, start_editing_decoder
 from pipelines import checkpoint, registry, tracking
 from pipelines.registry import (
     PromoteConfig,
@@ -49,7 +49,12 @@ def train_by_hand(storage: str, base: Path, stage: str, inputs: list[checkpoint.
             run.log_dataset_input(data.name, data.uri, data.digest, run_id=data.run_id)
     model = load_model(base)
     assert model.autoregressive is not None
-    module = model.autoregressive if stage == "ar" else model.generation_decoder
+    modules = {
+        "ar": model.autoregressive,
+        "generation_decoder": model.generation_decoder,
+        "editing_decoder": start_editing_decoder(base).editing_decoder,
+    }
+    module = modules[stage]
     assert module is not None
     with torch.no_grad():
         model.autoregressive.vision_head.weight += shift
@@ -198,6 +203,40 @@ def test_gate_aliases_and_rollback(tmp_path: Path, base: Path) -> None:
     with pytest.raises(UsageError, match="no earlier version"):
         promote(PromoteConfig(storage=storage, rollback=True))
     assert client.get_model_version_by_alias("nexusgen", "candidate").version in (2, "2")
+
+
+def test_editing_decoder_is_published_on_the_model_that_it_learned_from(tmp_path: Path, base: Path) -> None:
+    storage = str(tmp_path)
+    stage_runs = road_by_hand(storage, base)
+    first = register(RegisterConfig(storage=storage, name=NAME, model=str(base))).outputs
+    score(storage, first["fingerprint"], 0.9)
+    promote(PromoteConfig(storage=storage, version=1))
+    champion = resolve_model("models:/nexusgen@champion", storage)
+    predicted = checkpoint.DataInput(name="shapes/predicted", uri="/predicted", digest="f" * 64, run_id="embed")
+    stage_runs["editing_decoder"] = train_by_hand(storage, champion, "editing_decoder", [predicted], 0.0)
+
+    wanted = {"model": "models:/nexusgen@champion", "ar": None, "generation_decoder": None, "editing_decoder": "latest"}
+    config = RegisterConfig(storage=storage, name=NAME, **wanted)
+    with pytest.raises(FingerprintError, match=r"ar=latest would be published in its place: set ar=null"):
+        register(config.model_copy(update={"ar": "latest"}))
+    with pytest.raises(FingerprintError, match="trained from base"):
+        register(config.model_copy(update={"model": str(base)}))
+    report = register(config)
+    assert (report.reused, report.outputs["version"]) == (False, 2)
+    before, after = read_manifest(champion), read_manifest(Path(report.outputs["model"]))
+    assert "editing_decoder" not in before.parts
+    assert after.parts == ("autoregressive", "generation_decoder", "editing_decoder", "vae")
+    assert {**after.fingerprints, **before.fingerprints} == after.fingerprints
+    assert load_model(Path(report.outputs["model"]), ["editing_decoder"]).editing_decoder is not None
+    version = MlflowClient(tracking_uri=f"sqlite:///{storage}/mlflow.db").get_model_version("nexusgen", "2")
+    assert {stage: version.tags[f"nexusgen.run.{stage}"] for stage in stage_runs} == stage_runs  # the base's, too
+    inputs = json.loads(version.tags["nexusgen.inputs"])
+    assert {(entry["stage"], entry["name"]) for entry in inputs} == {
+        ("ar", "shapes/vision"),
+        ("generation_decoder", "shapes/vision"),
+        ("editing_decoder", "shapes/predicted"),
+    }
+    assert register(config).reused
 
 
 def test_scores_of_other_weights_open_no_gate(registered: tuple[str, dict[str, str]]) -> None:
