@@ -17,9 +17,10 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -27,22 +28,25 @@ from pydantic import Field, model_validator
 
 from nexusgen import errors
 from nexusgen.config import Config, dump_config
-from nexusgen.errors import ModelError, QuarantineError
+from nexusgen.errors import InputError, ModelError, QuarantineError
 from nexusgen.model.manifest import Manifest, read_manifest
 from nexusgen.schema import EmbedMode, StoredDtype
 from pipelines import embedded, storage, takedowns, tracking
 from pipelines.embedded import EmbeddedManifest, ShardInfo, SliceInfo
+from pipelines.quarantine import check_fraction
 from pipelines.registry import pin_model, resolve_model
 from pipelines.runtime import CpuMeter, JobReport, ray_cluster
 from pipelines.shards import list_shards
-from pipelines.slice_encoder import Plan, SliceEncoder, compute_dtype
-from pipelines.slices import SliceRules, read_shards, shard_name, shard_stat
+from pipelines.slice_encoder import ENCODING_PARTS, Plan, SliceEncoder, compute_dtype
+from pipelines.slices import SliceRules, check_names, read_shards, shard_name, shard_stat
 
-LAYOUT_VERSION = 2  # raised when stored rows change for the same input
+LAYOUT_VERSION = 3  # raised when stored rows change for the same input
 MAX_READ_TASKS = 400  # Ray's scheduler takes minutes over 100,000 tasks; each loops over its shards instead
 CHECK_EVERY = 1000  # samples between two looks at the quarantined fraction
 READER_CPUS = 0.5  # another number than an encoder's: Ray would fuse the two stages into one busy actor
 MAX_LISTED_INPUTS = 100  # shards that MLflow gets one by one; of more, it gets the digest of all
+MAX_NAMED_KEYS = 5  # of those that match no sample
+SHARDS_AT_A_TIME = 256  # whose records are in memory as they stand on the disk, slice by slice
 PROGRESS_S = 5.0
 MAX_BLOCK_BYTES = 1  # every slice is a block of its own: it reaches an idle encoder as soon as it is read
 
@@ -56,11 +60,11 @@ class EmbedConfig(Config):
     mode: EmbedMode
     dtype: StoredDtype = "bfloat16"  # of stored arrays; int8, with a scale per token, takes half the room
     model: str = "demo-base"
-    drop_keys: str | None = None  # a text file of keys, one a line: samples to take out of the data for good
-    max_quarantine_fraction: float = Field(default=0.05, ge=0, le=1)  # 1: never stop
+    drop_keys: str | None = None  # a text file of keys, one a line (# in front: a comment), to take out for good
+    max_quarantine_fraction: float = Field(default=0.05, ge=0, le=1)  # of samples, and of shards; 1: never stop
     pairs_as: Literal["generation", "understanding"] = "generation"  # the task of images with a text (img2dataset)
-    slice_samples: int = Field(default=256, ge=1, le=256)
-    slice_bytes: int = Field(default=64 << 20, ge=1, le=64 << 20)  # compressed
+    slice_samples: int = Field(default=256, ge=1, le=256)  # good and bad
+    slice_bytes: int = Field(default=64 << 20, ge=1, le=64 << 20)  # of pictures, compressed, and texts
     num_readers: int = Field(default=1, ge=1)
     num_encoders: int = Field(default=1, ge=1)
     gpus_per_encoder: float = Field(default=0.0, ge=0)
@@ -75,17 +79,17 @@ class EmbedConfig(Config):
         return self
 
 
-_PARTS: dict[EmbedMode, str] = {"vision": "vision", "latents": "vae", "predicted": "autoregressive"}  # what encodes
-
-
 def embed(config: EmbedConfig, parent_run_id: str | None = None) -> JobReport:
     """Embed every sample of the input, or quarantine it with a reason; finished slices are kept and re-used.
 
-    Raises: ConfigError or InputError for the input; ModelError for the model; ResourceError for too few CPUs or an
-    unwritable storage; QuarantineError if too many samples are bad (what is finished stays).
+    Raises: ConfigError or InputError for the input; ModelError for the model, FingerprintError if it changes meanwhile;
+    ResourceError for too few CPUs or an unwritable storage; QuarantineError if too many samples or shards are bad (what
+    is finished stays).
     """
     with CpuMeter() as meter:
+        started_ns = time.time_ns()
         shards = list_shards(config.input)
+        check_names(shards)
         pinned = pin_model(config.model, config.storage)
         config = config.model_copy(update={"storage": storage.absolute(config.storage), "model": pinned})
         model = resolve_model(config.model, config.storage)
@@ -97,10 +101,12 @@ def embed(config: EmbedConfig, parent_run_id: str | None = None) -> JobReport:
         tracking.mlflow_uri(config.storage)  # refuses without a place for MLflow
         plan = Plan(config, folder, _config_hash(config, manifest, model), fingerprint, dropped)
         num_rewritten = takedowns.rewrite(folder, dropped)
-        records = _finished_shards(plan, shards)
-        if len(records) == len(shards) and _is_entered(plan, records):
-            done = embedded.read_manifest(config.storage, config.name, config.mode)
-            tally = _Tally(config, [entry for record in records.values() for entry in record["slices"]])
+        tally = _Tally(plan, len(shards))
+        records = _finished_shards(plan, shards, tally)
+        done = _find_entered(plan, records) if len(records) == len(shards) else None
+        if done is not None:
+            tally.check(is_final=True)
+            _tell_unmatched(tally)
             return _report(meter, folder, done, tally, num_rewritten, reused=True)
         todo = [shard for shard in shards if shard not in records]
         with (
@@ -116,7 +122,6 @@ def embed(config: EmbedConfig, parent_run_id: str | None = None) -> JobReport:
         ):
             run.set_tags({"mlflow.runName": f"embed {config.mode}"})
             storage.delete(storage.join(folder, embedded.MANIFEST_NAME))  # until all of it agrees again
-            tally = _Tally(config, [entry for record in records.values() for entry in record["slices"]])
             try:
                 if todo:
                     records |= _run_ray(plan, todo, tally, run)
@@ -126,7 +131,9 @@ def embed(config: EmbedConfig, parent_run_id: str | None = None) -> JobReport:
                 account = _quarantine_report(tally)
                 run.log_text(account, "quarantine.txt")
                 print(f"embed {config.mode}: {account}", end="", file=sys.stderr, flush=True)
-            done = _enter(plan, shards, records, run.run_id)
+            _tell_unmatched(tally)
+            _remove_stale(plan, records, started_ns)
+            done = _enter(plan, shards, records, tally, run.run_id)
             _log_inputs(run, config, done)
             report = _report(meter, folder, done, tally, num_rewritten, reused=False)
             run.log_report(report)
@@ -170,37 +177,78 @@ def _config_hash(config: EmbedConfig, manifest: Manifest, model: Path) -> str:
 
 
 def _encoder_fingerprint(config: EmbedConfig, manifest: Manifest, model: Path) -> str:
-    part = _PARTS[config.mode]
+    part = ENCODING_PARTS[config.mode]
     if part not in manifest.fingerprints:
         raise ModelError(f"{model} has no part {part!r}, which mode {config.mode} encodes with: give another model")
     return manifest.fingerprints[part]
 
 
-def _finished_shards(plan: Plan, shards: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Records of the shards that are embedded whole, unchanged since, by this encoder and configuration."""
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    """What is kept of a shard that is through. Its record, ten times larger, is on the disk."""
+
+    info: ShardInfo
+    slices: tuple[SliceInfo, ...]
+    refused: tuple[int, ...]  # indices of the slices with rows in quarantine
+
+
+def _finished(plan: Plan, record: Mapping[str, Any]) -> _Finished:
+    shard, entries = record["shard"], record["slices"]
+    slices = tuple(
+        SliceInfo(storage.join(plan.folder, e["file"]), shard, e["index"], e["num_rows"], e["num_bytes"], e["sha256"])
+        for e in entries
+    )
+    num_quarantined = sum(sum(entry["quarantined"].values()) for entry in entries)
+    num_embedded = sum(info.num_rows for info in slices)
+    info = ShardInfo(shard, record["digest"], record["num_bytes"], len(slices), num_embedded, num_quarantined)
+    return _Finished(info, slices, tuple(entry["index"] for entry in entries if entry["quarantined"]))
+
+
+def _finished_shards(plan: Plan, shards: Sequence[str], tally: _Tally) -> dict[str, _Finished]:
+    """Shards that are embedded whole, unchanged since, by this encoder and configuration; the tally counts them."""
     known = {storage.name_of(uri) for uri in storage.list_files(storage.join(plan.folder, embedded.ENTRIES_FOLDER))}
-    files = {storage.name_of(uri) for uri in storage.list_files(plan.folder)}
+    kept, refused = (
+        {storage.name_of(uri): size for uri, size in storage.list_sizes(folder).items()}
+        for folder in (plan.folder, storage.join(plan.folder, embedded.QUARANTINE_FOLDER))
+    )
 
     def find(shard: str) -> dict[str, Any] | None:
         record = storage.find_json(storage.join(plan.folder, embedded.ENTRIES_FOLDER, f"{shard_name(shard)}.json"))
         is_same = record is not None and {key: record.get(key) for key in plan.stamp} == plan.stamp
         if record is None or not is_same or record["stat"] != shard_stat(shard):
             return None
-        is_whole = all(entry["num_rows"] == 0 or entry["file"] in files for entry in record["slices"])
+        is_whole = all(
+            kept.get(entry["file"], 0) == entry["num_bytes"]
+            and refused.get(entry["file"], 0) == entry["quarantine_bytes"]
+            for entry in record["slices"]
+        )
         return record if is_whole else None
 
     listed = [shard for shard in shards if f"{shard_name(shard)}.json" in known]
+    found: dict[str, _Finished] = {}
     with ThreadPoolExecutor(embedded.NUM_PARALLEL) as pool:  # S3 takes tens of milliseconds to answer each
-        return {shard: found for shard, found in zip(listed, pool.map(find, listed), strict=True) if found is not None}
+        for start in range(0, len(listed), SHARDS_AT_A_TIME):
+            part = listed[start : start + SHARDS_AT_A_TIME]
+            for shard, record in zip(part, pool.map(find, part), strict=True):
+                if record is not None:
+                    for entry in record["slices"]:
+                        tally.add(entry | {"is_reused": True})
+                    found[shard] = _finished(plan, record)
+    return found
 
 
-def _is_entered(plan: Plan, records: dict[str, dict[str, Any]]) -> bool:
-    """Whether the data's manifest lists exactly the slices of these shards."""
-    uri = storage.join(plan.folder, embedded.MANIFEST_NAME)
-    if not storage.exists(uri):
-        return False
-    listed = {(entry["uri"], entry["sha256"]) for entry in json.loads(storage.read_bytes(uri))["slices"]}
-    return listed == {(entry["file"], entry["sha256"]) for record in records.values() for entry in record["slices"]}
+def _find_entered(plan: Plan, records: Mapping[str, _Finished]) -> EmbeddedManifest | None:
+    """The data's manifest, if it can be read and lists exactly the slices of these shards."""
+    config = plan.config
+    try:
+        manifest = embedded.read_manifest(config.storage, config.name, config.mode)
+    except InputError:
+        return None
+    return manifest if manifest.digest == embedded.digest_of(_slices_of(records.values())) else None
+
+
+def _slices_of(records: Iterable[_Finished]) -> Iterator[SliceInfo]:
+    return (info for record in records for info in record.slices)
 
 
 # ---- the pipeline ---------------------------------------------------------------------------------------------------
@@ -225,28 +273,35 @@ def _cluster(config: EmbedConfig, shards: Sequence[str]) -> AbstractContextManag
     return ray_cluster(num_cpus, f"embed with {num_readers} readers and {config.num_encoders} encoders")
 
 
-def _run_ray(plan: Plan, shards: Sequence[str], tally: _Tally, run: tracking.Run) -> dict[str, dict[str, Any]]:
-    """Read and encode shards; gives the records of those that were read whole."""
+def _run_ray(plan: Plan, shards: Sequence[str], tally: _Tally, run: tracking.Run) -> dict[str, _Finished]:
+    """Read and encode shards, to the end of each."""
     config = plan.config
     num_readers = min(config.num_readers, len(shards))
-    entries: dict[str, dict[int, dict[str, Any]]] = {shard: {} for shard in shards}
-    records: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[int, dict[str, Any]]] = {}  # of shards that are under way
     ends: dict[str, dict[str, Any]] = {}
+    records: dict[str, _Finished] = {}
     progress = _Progress(plan, len(shards))
     for row in _stream(plan, shards, num_readers):
         shard = row["shard"]
-        if row["kind"] == "slice":
-            if row["index"] not in entries[shard]:  # a read task that died is run again from its first slice
-                entries[shard][row["index"]] = row
-                tally.add(row)
-        else:
+        if shard in records:
+            continue  # a read task that died is run again from its first shard and slice
+        slices = entries.setdefault(shard, {})
+        if row["kind"] == "shard":
             ends[shard] = row
-        if shard in ends and len(entries[shard]) == ends[shard]["num_slices"]:
-            records[shard] = _finish_shard(plan, ends[shard], entries[shard])
+        elif row["index"] not in slices:
+            slices[row["index"]] = row
+            tally.add(row)
+        if shard in ends and len(slices) == ends[shard]["num_slices"]:
+            records[shard] = _finish_shard(plan, ends.pop(shard), entries.pop(shard))
+            if not records[shard].info.digest:
+                tally.unreadable.append(shard)
         progress.show(tally, len(records))
         if tally.check():
             run.log_metrics(tally.metrics(), step=tally.num_samples)
     progress.show(tally, len(records), is_last=True)
+    missing = [shard for shard in shards if shard not in records]
+    if missing:  # our own bug or Ray's: never enter data that lacks something
+        raise RuntimeError(f"{len(missing)} shards didn't come to an end, first {missing[0]}")
     return records
 
 
@@ -297,8 +352,10 @@ def _stream(plan: Plan, shards: Sequence[str], num_readers: int) -> Iterator[dic
 class _Tally:
     """Counts of what was embedded and quarantined, and the limit on the latter."""
 
-    def __init__(self, config: EmbedConfig, entries: Sequence[dict[str, Any]] = ()) -> None:
-        self.config = config
+    def __init__(self, plan: Plan, num_shards: int) -> None:
+        self.plan = plan
+        self.num_shards = num_shards
+        self.unreadable: list[str] = []  # shards that are absent, or couldn't be read to their end
         self.num_embedded = 0
         self.num_new = 0  # embedded by this run
         self.quarantined: Counter[str] = Counter()
@@ -306,41 +363,51 @@ class _Tally:
         self.fidelity: Counter[str] = Counter()  # sums; see encoders.Fidelity
         self.num_slices = 0
         self.num_slices_reused = 0
+        self.dropped: set[str] = set()  # keys of samples that were taken down
         self._next_check = CHECK_EVERY
-        for entry in entries:
-            self.add(entry | {"is_reused": True})
 
     @property
     def num_samples(self) -> int:
         return self.num_embedded + self.quarantined.total()
 
-    def add(self, entry: dict[str, Any]) -> None:
+    @property
+    def unmatched(self) -> list[str]:
+        """Keys that were to be dropped, but that no sample has, sorted."""
+        return sorted(self.plan.dropped - self.dropped)
+
+    def add(self, entry: Mapping[str, Any]) -> None:
         """Count one slice."""
         self.num_slices += 1
         self.num_embedded += entry["num_rows"]
         self.quarantined.update(entry["quarantined"])
         self.tasks.update(entry["tasks"])
-        self.fidelity.update(entry.get("fidelity") or {})
+        self.fidelity.update(entry["fidelity"] or {})
+        self.dropped.update(entry["dropped"])
         if entry.get("is_reused"):
             self.num_slices_reused += 1
         else:
             self.num_new += entry["num_rows"]
 
     def check(self, *, is_final: bool = False) -> bool:
-        """Whether another CHECK_EVERY samples are through. Raises: QuarantineError if too many of them are bad."""
+        """Whether another CHECK_EVERY samples are through.
+
+        Raises: QuarantineError if too many of them are bad, or too many of the job's shards can't be read: one that is
+        absent is a single row, however many samples it was to hold.
+        """
         if not is_final and self.num_samples < self._next_check:
             return False
         self._next_check = self.num_samples + CHECK_EVERY
-        allowed = self.config.max_quarantine_fraction
-        bad = self.quarantined.total() - self.quarantined[takedowns.REASON_CODE]
-        if allowed < 1 and bad > allowed * self.num_samples:
-            codes = ", ".join(f"{code} {count}" for code, count in self.quarantined.most_common(5))
-            folder = embedded.folder_of(self.config.storage, self.config.name, self.config.mode)
+        folder, allowed = self.plan.folder, self.plan.config.max_quarantine_fraction
+        num_unreadable = len(self.unreadable)
+        if allowed < 1 and num_unreadable > allowed * self.num_shards:
             raise QuarantineError(
-                f"{bad} of {self.num_samples} samples are bad ({bad / self.num_samples:.1%}; at most {allowed:.1%} are "
-                f"allowed): {codes}. See {folder}/{embedded.QUARANTINE_FOLDER}, mend the data, or raise "
+                f"{num_unreadable} of {self.num_shards} shards can't be read ({num_unreadable / self.num_shards:.1%}; "
+                f"at most {allowed:.1%} are allowed), first {self.unreadable[0]}. See the reasons in "
+                f"{storage.join(folder, embedded.QUARANTINE_FOLDER)}, correct the names or the rights, or raise "
                 f"max_quarantine_fraction"
             )
+        num_bad = self.quarantined.total() - self.quarantined[takedowns.REASON_CODE]
+        check_fraction(num_bad, self.num_samples, allowed, self.quarantined, folder)
         return True
 
     def metrics(self) -> dict[str, float]:
@@ -386,46 +453,31 @@ class _Progress:
         )
 
 
-def _finish_shard(plan: Plan, end: dict[str, Any], entries: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def _finish_shard(plan: Plan, end: dict[str, Any], entries: dict[int, dict[str, Any]]) -> _Finished:
     """Record a shard whose slices are all entered; one that couldn't be read whole is tried again next time."""
     record = {**end, "slices": [entries[index] for index in sorted(entries)], **plan.stamp}
     if end["digest"]:
         name = f"{shard_name(end['shard'])}.json"
         storage.write_json(storage.join(plan.folder, embedded.ENTRIES_FOLDER, name), record)
-    return record
+    return _finished(plan, record)
 
 
-def _enter(plan: Plan, shards: Sequence[str], records: dict[str, dict[str, Any]], run_id: str) -> EmbeddedManifest:
-    """Write the data's manifest and what stands beside it; remove what an earlier run left of other shards."""
-    missing = [shard for shard in shards if shard not in records]
-    if missing:  # our own bug or Ray's: never enter data that lacks something
-        raise RuntimeError(f"{len(missing)} shards didn't come to an end, first {missing[0]}")
-    slices, infos = [], []
-    quarantined: Counter[str] = Counter()
-    for shard in shards:
-        record = records[shard]
-        entries = record["slices"]
-        for entry in entries:
-            uri = storage.join(plan.folder, entry["file"])
-            slices.append(SliceInfo(uri, shard, entry["index"], entry["num_rows"], entry["num_bytes"], entry["sha256"]))
-            quarantined.update(entry["quarantined"])
-        num_embedded = sum(entry["num_rows"] for entry in entries)
-        num_quarantined = sum(sum(entry["quarantined"].values()) for entry in entries)
-        infos.append(
-            ShardInfo(shard, record["digest"], record["num_bytes"], len(entries), num_embedded, num_quarantined)
-        )
-    _remove_stale(plan, records)
+def _enter(
+    plan: Plan, shards: Sequence[str], records: Mapping[str, _Finished], tally: _Tally, run_id: str
+) -> EmbeddedManifest:
+    """Write the data's manifest, and before it what stands beside it."""
+    slices = tuple(_slices_of(records[shard] for shard in shards))
     manifest = EmbeddedManifest(
         plan.config.mode,
         plan.fingerprint,
         plan.config_hash,
         run_id,
         embedded.digest_of(slices),
-        tuple(slices),
-        tuple(infos),
-        dict(quarantined),
+        slices,
+        tuple(records[shard].info for shard in shards),
+        dict(tally.quarantined),
     )
-    inputs = [{"uri": info.uri, "digest": info.digest} for info in infos]
+    inputs = [{"uri": info.uri, "digest": info.digest} for info in manifest.shards]
     run_record = {"run_id": run_id, "digest": manifest.digest, "inputs": inputs}
     storage.write_bytes_atomic(storage.join(plan.folder, "config.yaml"), dump_config(plan.config).encode())
     storage.write_bytes_atomic(storage.join(plan.folder, "run.json"), json.dumps(run_record, indent=1).encode())
@@ -434,17 +486,43 @@ def _enter(plan: Plan, shards: Sequence[str], records: dict[str, dict[str, Any]]
     return manifest
 
 
-def _remove_stale(plan: Plan, records: dict[str, dict[str, Any]]) -> None:
-    entries = [entry for record in records.values() for entry in record["slices"]]
-    files = {entry["file"] for entry in entries if entry["num_rows"]}
-    refused = {entry["file"] for entry in entries if entry["quarantined"]}
-    noted = {entry["file"].replace(".parquet", ".json") for entry in entries}
-    noted |= {f"{shard_name(shard)}.json" for shard in records}
-    for place, kept in ((None, files), (embedded.QUARANTINE_FOLDER, refused), (embedded.ENTRIES_FOLDER, noted)):
-        for uri in storage.list_files(storage.join(plan.folder, place) if place else plan.folder):
+def _remove_stale(plan: Plan, records: Mapping[str, _Finished], started_ns: int) -> None:
+    """Remove what an earlier run left of other shards and slices, and what killed writes left before this job began."""
+    by_name = {shard_name(shard): record for shard, record in records.items()}
+    refused = {name: set(record.refused) for name, record in by_name.items() if record.refused}
+
+    def is_kept(place: str, name: str) -> bool:
+        stem = name.rpartition(".")[0]
+        if stem in by_name:
+            return place == embedded.ENTRIES_FOLDER
+        shard, _, number = stem.rpartition("-")
+        if shard not in by_name or not number.isdigit():
+            return False
+        index, slices = int(number), by_name[shard].slices
+        if place == embedded.QUARANTINE_FOLDER:
+            return index in refused.get(shard, ())
+        return index < len(slices) and (place == embedded.ENTRIES_FOLDER or slices[index].num_rows > 0)
+
+    for place in ("", embedded.QUARANTINE_FOLDER, embedded.ENTRIES_FOLDER):
+        folder = storage.join(plan.folder, place) if place else plan.folder
+        storage.remove_temporary(folder, started_ns)
+        for uri in storage.list_files(folder):
             name = storage.name_of(uri)
-            if name not in kept and (place or name.endswith(".parquet")):
+            if not is_kept(place, name) and (place or name.endswith(".parquet")):
                 storage.delete(uri)
+
+
+def _tell_unmatched(tally: _Tally) -> None:
+    """Name keys that were to be dropped and never met: a misspelt one would stay in the data unnoticed."""
+    unmatched = tally.unmatched
+    if unmatched:
+        named = ", ".join(unmatched[:MAX_NAMED_KEYS]) + (", ..." if len(unmatched) > MAX_NAMED_KEYS else "")
+        print(
+            f"embed {tally.plan.config.mode}: {len(unmatched)} of {len(tally.plan.dropped)} keys to drop match no "
+            f"sample of this data: {named}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _quarantine_report(tally: _Tally) -> str:
@@ -466,6 +544,7 @@ def _report(
         "slices": tally.num_slices,
         "slices_reused": tally.num_slices_reused,
         "slices_rewritten": num_rewritten,  # because samples in them were taken down
+        "keys_unmatched": len(tally.unmatched),  # of those to be dropped: no sample has them
         "embedded": tally.num_embedded,
         "by_task": dict(tally.tasks),
         "quarantined": dict(tally.quarantined),

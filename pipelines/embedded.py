@@ -6,6 +6,7 @@
       _manifest/STEM-HASH8-00000.json       one finished slice; STEM-HASH8.json one finished shard
       manifest.json                what the data consists of; written last, read first
       config.yaml run.json fingerprint      made by which configuration, MLflow run and encoder
+      takedowns.json               which dropped keys the finished shards were searched for (`takedowns.py`)
 
 Slices of the modes of one NAME have the same file names, rows and order. Plain pyarrow or
 polars read the files; `arrays.py` tells what the bytes are.
@@ -14,9 +15,10 @@ polars read the files; `arrays.py` tells what the bytes are.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import pyarrow as pa
@@ -34,9 +36,12 @@ ROW_GROUP_ROWS = 64  # rows read together; 64 targets of the released model are 
 _TEXT_PATHS = ("messages.list.element.content", "meta")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SliceInfo:
-    """One slice of embedded data: at most some hundred consecutive samples of one shard, in one file."""
+    """One slice of embedded data: at most some hundred consecutive samples of one shard, in one file.
+
+    Data may have millions of them, hence the slots.
+    """
 
     uri: str
     shard: str
@@ -85,10 +90,20 @@ def digest_of(slices: Iterable[SliceInfo]) -> str:
 
 def write_manifest(folder: str, manifest: EmbeddedManifest) -> None:
     """Enter the data: from now on it can be read. File names are stored relative to the folder, so that it may move."""
-    values = asdict(manifest)
-    for entry in values["slices"]:
-        entry["uri"] = storage.name_of(entry["uri"])
-    storage.write_bytes_atomic(storage.join(folder, MANIFEST_NAME), json.dumps(values, indent=1).encode())
+    lists: dict[str, Sequence[SliceInfo | ShardInfo]] = {"slices": manifest.slices, "shards": manifest.shards}
+    others = {field.name: getattr(manifest, field.name) for field in fields(manifest) if field.name not in lists}
+    text = io.BytesIO()  # a line for each slice and shard: as one mapping, millions of slices would be held twice
+    text.write(json.dumps(others, indent=1).removesuffix("\n}").encode())
+    for name, infos in lists.items():
+        text.write(f',\n "{name}": ['.encode())
+        for number, info in enumerate(infos):
+            values = asdict(info)
+            if isinstance(info, SliceInfo):
+                values["uri"] = storage.name_of(info.uri)
+            text.write(f"{',' if number else ''}\n  {json.dumps(values)}".encode())
+        text.write(b"\n ]")
+    text.write(b"\n}\n")
+    storage.write_bytes_atomic(storage.join(folder, MANIFEST_NAME), text.getvalue())
 
 
 def read_manifest(storage_uri: str, name: str, mode: EmbedMode) -> EmbeddedManifest:
@@ -136,16 +151,6 @@ def read_slice(
         raise InputError(f"{info.uri} can't be read as embedded data: {error}; embed it again") from None
 
 
-def read_quarantine(storage_uri: str, name: str, mode: EmbedMode) -> pa.Table | None:
-    """Every quarantine row of the data; None if there is none."""
-    folder = storage.join(folder_of(storage_uri, name, mode), QUARANTINE_FOLDER)
-    tables = []
-    for uri in storage.list_files(folder):
-        with storage.open_random(uri) as file:
-            tables.append(pq.read_table(file))
-    return pa.concat_tables(tables) if tables else None
-
-
 def to_parquet(table: pa.Table) -> pa.Buffer:
     """A table as the bytes of a Parquet file: arrays raw and without dictionary, as they don't compress; texts do."""
     sink = pa.BufferOutputStream()
@@ -158,15 +163,3 @@ def to_parquet(table: pa.Table) -> pa.Buffer:
         write_statistics=["key", "row", "num_tokens"],
     )
     return sink.getvalue()
-
-
-def check_modes_agree(storage_uri: str, name: str, modes: Sequence[EmbedMode]) -> None:
-    """See that modes of one name hold the same slices and rows, so that they join by position. Raises: InputError."""
-    shapes = []
-    for mode in modes:
-        manifest = read_manifest(storage_uri, name, mode)
-        shapes.append({storage.name_of(info.uri): info.num_rows for info in manifest.slices})
-    if any(shape != shapes[0] for shape in shapes):
-        raise InputError(
-            f"the modes {', '.join(modes)} of {name!r} don't hold the same slices: embed them from the same input"
-        )

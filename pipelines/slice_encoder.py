@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from nexusgen.errors import NexusgenError
-from nexusgen.schema import QUARANTINE_SCHEMA
+from nexusgen.errors import FingerprintError, NexusgenError
+from nexusgen.model.manifest import read_manifest
+from nexusgen.schema import QUARANTINE_SCHEMA, EmbedMode
 from pipelines import embedded, storage, takedowns
 from pipelines.registry import resolve_model
 from pipelines.slices import Slice, failure
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from nexusgen.geometry import Geometry
     from pipelines.embed import EmbedConfig
     from pipelines.encoders import Encoder
+
+
+# The part of a model that encodes, by the name that its manifest has a fingerprint for.
+ENCODING_PARTS: dict[EmbedMode, str] = {"vision": "vision", "latents": "vae", "predicted": "autoregressive"}
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,14 @@ class SliceEncoder:
         if device == "cpu":
             torch.set_num_threads(1)
         folder = resolve_model(config.model, config.storage)
+        encoding = ENCODING_PARTS[config.mode]
+        found = read_manifest(folder).fingerprints.get(encoding)
+        if found != self.plan.fingerprint:
+            raise FingerprintError(
+                f"model {config.model}: {encoding} is {found} where it is to encode, in {folder}, but was "
+                f"{self.plan.fingerprint} when the job began: keep the model as it is until the job ends, and start it "
+                f"again"
+            )
         part = "vae" if config.mode == "latents" else "autoregressive"
         model = load_model(folder, [part], getattr(torch, compute_dtype(config)), device)
         self.geometry: Geometry = model.manifest.geometry
@@ -105,8 +118,13 @@ def is_current(plan: Plan, item: Slice, entry: dict[str, Any]) -> bool:
     wanted = {"content": item.digest, "dropped": _dropped_of(plan, item), **plan.stamp}
     if {key: entry.get(key) for key in wanted} != wanted:
         return False
-    uri = storage.join(plan.folder, entry["file"])
-    return bool(entry["num_rows"] == 0 or (storage.exists(uri) and storage.stat(uri).size == entry["num_bytes"]))
+    quarantine = storage.join(plan.folder, embedded.QUARANTINE_FOLDER)
+    sizes = ((plan.folder, entry["num_bytes"]), (quarantine, entry["quarantine_bytes"]))
+    return all(_has_size(storage.join(folder, entry["file"]), size) for folder, size in sizes if size)
+
+
+def _has_size(uri: str, num_bytes: int) -> bool:
+    return storage.exists(uri) and storage.stat(uri).size == num_bytes
 
 
 def _dropped_of(plan: Plan, item: Slice) -> list[str]:
@@ -128,9 +146,11 @@ def write_slice(plan: Plan, item: Slice, encoder: Encoder, tokenizer: Any, geome
     if table.num_rows:
         storage.write_bytes_atomic(storage.join(plan.folder, file), data)
     quarantine_uri = storage.join(plan.folder, embedded.QUARANTINE_FOLDER, file)
+    quarantine_bytes = 0
     if rejected:
-        rows = pa.Table.from_pylist([asdict(row) for row in rejected], schema=QUARANTINE_SCHEMA)
-        storage.write_bytes_atomic(quarantine_uri, embedded.to_parquet(rows))
+        rows = embedded.to_parquet(pa.Table.from_pylist([asdict(row) for row in rejected], schema=QUARANTINE_SCHEMA))
+        quarantine_bytes = rows.size
+        storage.write_bytes_atomic(quarantine_uri, rows)
     else:
         storage.delete(quarantine_uri)  # of an earlier run over other content
     entry = {
@@ -140,6 +160,7 @@ def write_slice(plan: Plan, item: Slice, encoder: Encoder, tokenizer: Any, geome
         "file": file,
         "num_rows": table.num_rows,
         "num_bytes": data.size if table.num_rows else 0,
+        "quarantine_bytes": quarantine_bytes,
         "sha256": hashlib.sha256(data).hexdigest(),
         "content": item.digest,
         "dropped": dropped,

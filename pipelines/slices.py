@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -25,8 +25,8 @@ class SliceRules:
     """How shards are read and cut."""
 
     pairs_as: Literal["generation", "understanding"] = "generation"  # the task of images with a text (img2dataset)
-    max_samples: int = 256
-    max_bytes: int = 64 << 20  # compressed
+    max_samples: int = 256  # of a slice, together with what is quarantined among them
+    max_bytes: int = 64 << 20  # of pictures, compressed, and of all texts
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,20 @@ def shard_name(shard: str) -> str:
     return f"{stem_of(shard)}-{hashlib.sha256(shard.encode()).hexdigest()[:8]}"
 
 
+def check_names(shards: Sequence[str]) -> None:
+    """See that the slices of no two shards bear the same names, as 32 bits of a hash can't rule out.
+
+    Raises: InputError that names both.
+    """
+    known: dict[str, str] = {}
+    for shard in shards:
+        other = known.setdefault(shard_name(shard), shard)
+        if other != shard:
+            raise InputError(
+                f"the shards {other} and {shard} would both write slices named {shard_name(shard)}: rename one of them"
+            )
+
+
 def shard_stat(shard: str) -> list[int]:
     """Size and time of change of a shard; nothing if it isn't there."""
     try:
@@ -78,14 +92,15 @@ def read_slices(shard: str, rules: SliceRules) -> Iterator[Slice | dict[str, Any
     # Taken before reading: a shard that changes meanwhile then differs from its record.
     before = shard_stat(shard)
     for item in reader:
-        if isinstance(item, QuarantineRow):
-            rejected.append(item)
-            continue
-        size = sum(map(len, item.images))
-        if samples and (len(samples) >= rules.max_samples or num_bytes + size > rules.max_bytes):
+        size = _num_bytes(item)
+        num_items = len(samples) + len(rejected)
+        if num_items and (num_items >= rules.max_samples or num_bytes + size > rules.max_bytes):
             yield Slice(shard, index, tuple(samples), tuple(rejected))
             samples, rejected, num_bytes, index = [], [], 0, index + 1
-        samples.append(item)
+        if isinstance(item, QuarantineRow):
+            rejected.append(item)
+        else:
+            samples.append(item)
         num_bytes += size
     if samples or rejected:
         yield Slice(shard, index, tuple(samples), tuple(rejected))
@@ -99,6 +114,14 @@ def read_slices(shard: str, rules: SliceRules) -> Iterator[Slice | dict[str, Any
         "stat": before,
         "num_slices": index,
     }
+
+
+def _num_bytes(item: Sample | QuarantineRow) -> int:
+    """Bytes of an item's pictures and texts."""
+    if isinstance(item, QuarantineRow):
+        return sum(len(text.encode()) for text in astuple(item))
+    texts = [item.key, json.dumps(item.meta), *(message.content for message in item.messages)]
+    return sum(map(len, item.images)) + sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
 
 
 def read_shards(batch: pa.Table, rules: SliceRules) -> Iterator[pa.Table]:

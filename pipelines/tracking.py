@@ -20,6 +20,7 @@ the next job on the same storage delivers it. MLflow takes the same metric, tag 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import io
 import json
 import logging
@@ -58,6 +59,7 @@ METRICS = {
     "train/flow": "weighted squared error of the decoder's velocity",
     "train/grad_norm": "norm of the gradient before clipping",
     "train/lr": "learning rate",
+    "train/skipped_steps": "steps so far that changed no weight: a gradient that wasn't finite, or far too large",
     "train/samples_per_s": "samples per wall second, all ranks",
     "train/tokens_per_s": "tokens per wall second, all ranks",
     "train/data_wait_fraction": "share of the step's time spent waiting for data",
@@ -392,7 +394,19 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def _spool_root(storage: str) -> Path:
-    return Path(tempfile.gettempdir()) / "nexusgen_mlflow_spool" if is_remote(storage) else local_path(storage) / _SPOOL
+    """Where records wait: in the storage, or, as that is remote, in this user's folder on this machine.
+
+    A server has a spool of its own: what waits for one must not go to another, which would refuse it for good.
+    """
+    uri = mlflow_uri(storage)
+    if not is_remote(storage):
+        return local_path(storage) / (_SPOOL if uri.startswith(_SQLITE) else f"{_SPOOL}_{_short_hash(uri)}")
+    name = f"nexusgen_{_SPOOL}_{os.getuid()}_{_short_hash(storage.rstrip('/'), uri)}"
+    return Path(tempfile.gettempdir()) / name
+
+
+def _short_hash(*texts: str) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
 class _Outbox:

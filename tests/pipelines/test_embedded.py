@@ -101,15 +101,6 @@ def test_missing_and_damaged_manifests_are_explained(tmp_path: Path) -> None:
         embedded.read_manifest(str(tmp_path), "n", "vision")
 
 
-def test_modes_must_hold_the_same_rows(tmp_path: Path) -> None:
-    for mode, rows in (("vision", 3), ("latents", 3), ("predicted", 2)):
-        folder = embedded.folder_of(str(tmp_path), "n", mode)  # type: ignore[arg-type]
-        embedded.write_manifest(folder, a_manifest(folder, ("a.parquet", rows)))
-    embedded.check_modes_agree(str(tmp_path), "n", ["vision", "latents"])
-    with pytest.raises(InputError, match="same slices"):
-        embedded.check_modes_agree(str(tmp_path), "n", ["vision", "predicted"])
-
-
 def test_the_readmes_lines_read_the_data_with_plain_pyarrow_and_polars(tmp_path: Path) -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,38 @@ def test_failed_write_names_the_place(tmp_path: Path) -> None:
 
 
 def test_listing_is_sorted_and_hides_temporary_files(tmp_path: Path) -> None:
-    for name in ("b.x", "a.x", ".c.x.tmp-123", "deep/d.x"):
+    for name in ("b.x", "a.x", ".c.x.tmp-0123456789ab", "x.tmp-1", "deep/d.x"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    assert storage.list_files(str(tmp_path)) == [f"{tmp_path}/a.x", f"{tmp_path}/b.x"]
+    (tmp_path / "b.x").write_bytes(b"123")
+    assert storage.list_files(str(tmp_path)) == [f"{tmp_path}/{name}" for name in ("a.x", "b.x", "x.tmp-1")]
+    assert storage.list_sizes(str(tmp_path))[f"{tmp_path}/b.x"] == 3
     assert f"{tmp_path}/deep/d.x" in storage.list_files(str(tmp_path), recursive=True)
     assert storage.list_files(f"{tmp_path}/none") == []
+
+
+def test_old_temporary_files_are_removed(tmp_path: Path) -> None:
+    names = [".c.x.tmp-0123456789ab", ".d.x.tmp-0123456789ab", "c.x", "x.tmp-0123456789ab"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+        os.utime(tmp_path / name, ns=(1000, 3000 if name.startswith(".d") else 1000))
+    storage.remove_temporary(str(tmp_path), before_ns=2000)
+    assert sorted(path.name for path in tmp_path.iterdir()) == names[1:]
+    storage.remove_temporary(f"{tmp_path}/none", before_ns=2000)
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    fsync = os.fsync
+
+    def watch(file: int) -> None:
+        fsync(file)
+        found.append((os.fstat(file).st_size, (tmp_path / "a").exists()))
+
+    monkeypatch.setattr(os, "fsync", watch)
+    storage.write_bytes_atomic(f"{tmp_path}/a", b"data")
+    assert found == [(4, False)]
+    assert (tmp_path / "a").read_bytes() == b"data"
 
 
 def test_exists_folder_and_delete(tmp_path: Path) -> None:
@@ -98,13 +125,38 @@ def test_s3_is_read_and_written_like_a_folder(bucket: str, tmp_path: Path) -> No
     assert storage.list_files(storage.join(bucket, "a")) == [uri]
     storage.delete(uri)
     assert storage.list_files(storage.join(bucket, "a")) == []
-    (tmp_path / "model" / "part").mkdir(parents=True)
-    (tmp_path / "model" / "part" / "w").write_bytes(b"1")
-    storage.upload_folder(tmp_path / "model", storage.join(bucket, "model"))
-    fetched = storage.fetch_folder(storage.join(bucket, "model"), tmp_path / "cache")
-    assert (fetched / "part" / "w").read_bytes() == b"1"
     with pytest.raises(InputError):
         storage.read_bytes(storage.join(bucket, "none"))
+
+
+def test_a_model_on_s3_is_fetched_once_until_it_changes(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    uri = storage.join(bucket, "model")
+    (tmp_path / "model" / "part").mkdir(parents=True)
+
+    def upload(content: bytes) -> None:
+        for name in ("part/w", "nexusgen.json"):
+            (tmp_path / "model" / name).write_bytes(content)
+        storage.upload_folder(tmp_path / "model", uri)
+
+    upload(b"1")
+    first = storage.fetch_folder(uri)
+    assert (first / "part" / "w").read_bytes() == b"1"
+    assert first.parent.name.endswith(f"-{os.getuid()}")
+    assert storage.fetch_folder(uri) == first
+    upload(b"2")
+    second = storage.fetch_folder(uri)
+    assert [(folder / "part" / "w").read_bytes() for folder in (first, second)] == [b"1", b"2"]
+    storage.delete(storage.join(uri, "nexusgen.json"))
+    with pytest.raises(InputError, match=r"cannot read .*/model/nexusgen.json"):
+        storage.fetch_folder(uri)
+    # What keeps the copy from being begun is told like what keeps it from being finished.
+    upload(b"3")
+    monkeypatch.setattr(tempfile, "tempdir", f"{first}/part/w")
+    with pytest.raises(ResourceError, match="check rights and space there"):
+        storage.fetch_folder(uri)
 
 
 def test_shards_on_s3_are_listed_and_read(bucket: str) -> None:
@@ -152,7 +204,10 @@ def faulty(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyS3]:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_passes_on_s3_is_tried_again(fault: str, bucket: str, faulty: FaultyS3, tmp_path: Path) -> None:
+def test_what_passes_on_s3_is_tried_again(
+    fault: str, bucket: str, faulty: FaultyS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     folder = storage.join(bucket, f"faulty-{fault.replace(' ', '-')}")
     uri, parquet, up = (storage.join(folder, name) for name in ("a.bin", "t.parquet", "up"))
     data = os.urandom(100_000)
@@ -161,6 +216,7 @@ def test_what_passes_on_s3_is_tried_again(fault: str, bucket: str, faulty: Fault
     pq.write_table(table, sink)
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "b.bin").write_bytes(data)
+    (tmp_path / "source" / "nexusgen.json").write_bytes(b"{}")
     (tmp_path / "source" / "empty").write_bytes(b"")
 
     def read_table() -> pa.Table:
@@ -179,8 +235,8 @@ def test_what_passes_on_s3_is_tried_again(fault: str, bucket: str, faulty: Fault
         (lambda: storage.read_bytes(uri), data, "HEAD GET"),
         (read_table, table, "GET"),
         (lambda: storage.stat(uri).size, len(data), "HEAD"),
-        (lambda: storage.list_files(up), [f"{up}/b.bin", f"{up}/empty"], "GET"),
-        (lambda: (storage.fetch_folder(up, tmp_path / "cache") / "b.bin").read_bytes(), data, "GET"),
+        (lambda: storage.list_files(up), [f"{up}/{name}" for name in ("b.bin", "empty", "nexusgen.json")], "GET"),
+        (lambda: (storage.fetch_folder(up) / "b.bin").read_bytes(), data, "GET"),
         (delete, False, "DELETE"),
     ]
     if fault == "silence":
@@ -251,9 +307,8 @@ def test_an_outage_ends_with_its_account(bucket: str, faulty: FaultyS3, monkeypa
     ]
     for what, call in calls:
         before = faulty.num_faults
-        with pytest.raises(
-            ResourceError, match=rf"cannot {what} {uri}: .*503|SLOW_DOWN.*after 3 attempts in \d+\.\d s"
-        ):
+        message = rf"cannot {what} {uri}: .*(503|SLOW_DOWN).*after 3 attempts in \d+\.\d s"
+        with pytest.raises(ResourceError, match=message):
             call()
         assert faulty.num_faults - before == 3
     # A shard isn't taken for damaged where the store fails.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,9 +23,7 @@ from pipelines.runtime import JobReport
 CONFIG = "name: shapes\nstorage: runs\noptimizer: {lr: 0.001, betas: [0.9, 0.95]}\n"
 
 
-@pytest.fixture(autouse=True)
-def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+pytestmark = pytest.mark.usefixtures("no_server")
 
 
 @pytest.fixture(scope="module")
@@ -182,4 +182,31 @@ def test_job_outlives_its_server_and_delivers_later(
         with tracking.job_run(store, "shapes", "evaluate", CONFIG):
             pass  # the next job on this storage delivers what waited
         assert client.get_run(run.run_id).data.metrics["train/ce"] == 0.25
-    assert not list((tmp_path / "storage" / "mlflow_spool").iterdir())
+    (spool,) = (tmp_path / "storage").glob("mlflow_spool*")
+    assert not list(spool.iterdir())
+
+
+@pytest.mark.parametrize("storage", ["s3://bucket/x", "folder"])
+def test_what_waits_for_one_server_is_not_sent_to_another(
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = storage if storage.startswith("s3") else str(tmp_path / storage)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tracking, "CLOSE_PATIENCE_S", 0.1)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    with tracking.attach(store, "0" * 32) as run:
+        run.log_metrics({"train/ce": 0.25}, 7)
+    monkeypatch.setattr(tracking, "CLOSE_PATIENCE_S", 30.0)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/other.db")
+    with tracking.job_run(store, "shapes", "evaluate", CONFIG):
+        pass
+    (waiting,) = tmp_path.glob("**/records.jsonl")
+    assert "train/ce" in waiting.read_text()
+
+
+def test_a_remote_storages_spool_is_one_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    first = tracking._spool_root("s3://bucket/x")
+    assert str(os.getuid()) in first.name.split("_")
+    assert tracking._spool_root("s3://bucket/x/") == first
+    assert tracking._spool_root("s3://bucket/y") != first
