@@ -14,7 +14,8 @@ from nexusgen.geometry import Geometry
 from nexusgen.schema import MANIFEST_NAME
 
 # How a decoder in bf16 treats numbers that aren't weights. `reference`: guidance, rope ids of the context and the
-# frequencies of the merger are rounded to bf16, as when the released weights were trained and run. `exact`: in fp32.
+# frequencies of the merger are rounded to bf16, and so are the latents between the steps of sampling, as when the
+# released weights were trained and run. `exact`: all of them in fp32.
 Numerics = Literal["reference", "exact"]
 
 
@@ -24,7 +25,9 @@ class Manifest(Config):
     version: str = __version__
     parts: tuple[str, ...]
     fingerprints: dict[str, str]  # sha256 by part, over names, shapes and bytes of its tensors; `vision` is the tower's
-    fingerprint: str  # of the whole folder: sha256 over the parts' fingerprints
+    # Of the whole folder, 16 digits: sha256 over all that changes an answer: the parts' fingerprints, the small files
+    # beside the weights (configurations, tokenizer, constants), the sizes and defaults below; not the lineage.
+    fingerprint: str
     geometry: Geometry
     token_counts: dict[str, int] = Field(default_factory=dict)  # of an image in the roles `target` and `reference`
     image_size: tuple[int, int]  # (height, width) in pixels that the decoder makes by default

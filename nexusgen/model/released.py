@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel
 from jaxtyping import Shaped
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig
@@ -64,13 +64,19 @@ from nexusgen.model.weights import (
     released_key,
     write_manifest,
 )
+from nexusgen.positions import TokenPositions
 
 DECODER_FILES = {"generation_decoder": "generation_decoder.bin", "editing_decoder": "edit_decoder.bin"}
 IMAGE_SIZE = (512, 512)  # (height, width) in pixels; what both released decoders were trained at
 
 _KINDS: dict[str, ConditionerKind] = {"generation_decoder": "generation", "editing_decoder": "editing"}
 _CONDITIONER, _TRANSFORMER = "conditioner.", "transformer."
-_ADDED = ("vision_head.weight", "image_prefill_embeds.weight")  # what Nexus-Gen adds to Qwen2.5-VL
+_QUERIES = "image_prefill_embeds.weight"
+_ADDED = ("vision_head.weight", _QUERIES)  # what Nexus-Gen adds to Qwen2.5-VL
+_FIX = (
+    "The released layout states no sizes of images: `nexusgen import` takes those of the released model; for others "
+    "call import_model with the model's geometry"
+)
 _LM_HEAD = "lm_head.weight"
 _IMAGE_PROCESSOR = "preprocessor_config.json"
 _TOKENIZER_FILES = (
@@ -115,6 +121,7 @@ def import_model(
     geometry: Geometry | None = None,
     axes_dims_rope: tuple[int, int, int] | None = None,
     merger: MergerConfig | None = None,
+    token_positions: TokenPositions | None = None,
     progress: Callable[[str], None] = _say_nothing,
 ) -> Manifest:
     """Make a model folder from released files; any may be absent. The folder appears whole or not at all.
@@ -123,12 +130,14 @@ def import_model(
     embeddings. `flux` gives the autoencoder and the constants of the empty prompt; without a decoder's file also the
     transformer, for both decoders, under fresh conditioners. The manifest's lineage says what was made up or assumed.
 
-    Shapes don't tell a transformer's rope axes or a merger's heads: the axes are those of `axes_dims_rope`, else of
-    `flux`'s config, else FLUX.1's shares; the heads those of `merger`, else of the language model, else the released.
-    `progress` is told what comes next.
+    The released layout doesn't state everything. The sizes of images, and with them the decoders' token grids, are
+    those of `geometry`, else the released model's. A transformer's rope axes are those of `axes_dims_rope`, else of
+    `flux`'s config, else FLUX.1's shares; a merger's heads those of `merger`, else of the language model, else the
+    released. `token_positions` are the generation decoder's, else the released zeros. `progress` is told what comes
+    next.
 
     Raises: InputError if nothing is given or `out` isn't empty; ModelError naming tensors that are missing, left over
-    or misshapen, before anything is written.
+    or misshapen, or sizes of parts that don't go together, before anything is written.
     """
     sources = {
         "autoregressive": autoregressive,
@@ -155,26 +164,35 @@ def import_model(
     axes = axes_dims_rope or (_axes_of(flux) if flux is not None else None)
     files = {"generation_decoder": generation_decoder, "editing_decoder": editing_decoder}
     decoders = {
-        part: _read_decoder(path, _KINDS[part], config, axes, merger)
+        part: _read_decoder(path, _KINDS[part], config, axes, merger, geometry, token_positions)
         for part, path in files.items()
         if path is not None
     }
+    flux_sizes = flux_files.transformer_config(flux) if flux is not None else None
+    for part, decoder in decoders.items():
+        _check_blocks(decoder.model, flux_sizes, f"{files[part]}", f"{flux}")
     transformer = flux_files.read_transformer(flux) if flux is not None and not decoders else None
     autoencoder = flux_files.read_autoencoder(flux) if flux is not None else None
     lacking = missing_encoders(flux) if flux is not None else []
     if transformer is not None:
-        decoders = {part: _untrained_decoder(kind, config, *transformer, merger) for part, kind in _KINDS.items()}
+        decoders = {
+            part: _untrained_decoder(kind, config, *transformer, merger, geometry, token_positions)
+            for part, kind in _KINDS.items()
+        }
     constants = None
     if flux is not None and not lacking:
         progress("computing the constants of the empty prompt")
         constants = compute_prompt_constants(flux)
     for decoder in decoders.values():
-        _check_sizes(decoder.model, config, constants)
+        _check_sizes(decoder.model, geometry, config, constants, autoencoder[0] if autoencoder is not None else None)
 
     lineage |= _remarks(
         {
             "initialised": [*added, *(f"{DECODER_FOLDERS[part]}/conditioner" for part in decoders if transformer)],
-            "assumed": _assumptions(decoders, axes) if transformer is None else [],
+            "assumed": [
+                *(_assumed_sizes(decoders, axes, flux_sizes) if transformer is None else []),
+                *_assumed_settings(decoders, geometry, token_positions),
+            ],
             "lacks": _lacks(autoregressive, decoders, autoencoder is not None, constants is not None, lacking),
         }
     )
@@ -209,7 +227,7 @@ def _read_autoregressive(folder: Path, geometry: Geometry) -> tuple[Qwen2_5_VLCo
     patch_size = config.vision_config.patch_size
     if patch_size != geometry.patch_size:
         raise ModelError(
-            f"{folder}: patches of {patch_size} pixels; the geometry's patch_size is {geometry.patch_size}"
+            f"{folder}: patches of {patch_size} pixels; the geometry's patch_size is {geometry.patch_size}. {_FIX}"
         )
     with torch.device("meta"):
         model = AutoregressiveModel(config, geometry)
@@ -221,6 +239,11 @@ def _read_autoregressive(folder: Path, geometry: Geometry) -> tuple[Qwen2_5_VLCo
     if not any(name in state for name in _ADDED):
         dtype = next((tensor.dtype for tensor in state.values()), torch.float32)
         added = _fresh_additions(model, dtype)
+    queries, num_tokens = state.get(_QUERIES), geometry.num_target_tokens
+    if queries is not None and len(queries) != num_tokens:
+        raise ModelError(
+            f"{folder}: {_QUERIES} has {len(queries)} rows, but an image of the geometry {num_tokens} tokens. {_FIX}"
+        )
     check_tensors(expected, {**state, **added}, str(folder))
     return config, added
 
@@ -241,6 +264,8 @@ def _read_decoder(
     language_model: Qwen2_5_VLConfig | None,
     axes: tuple[int, int, int] | None,
     merger: MergerConfig | None,
+    geometry: Geometry,
+    token_positions: TokenPositions | None,
 ) -> _Decoder:
     """Check a released decoder's file; sizes are read off its tensors."""
     where = str(path)
@@ -250,13 +275,13 @@ def _read_decoder(
     wide, embedding_dim = flux_files.tensor_shape(released, first, where)
     if kind == "editing":
         up_projection = f"{RELEASED_CONDITIONERS[kind]}layers.0.mlp.up_proj.weight"
-        merger = _merger_config(merger, language_model, embedding_dim, where).model_copy(
+        merger = _merger_config(merger, language_model, embedding_dim, where, geometry).model_copy(
             update={
                 "intermediate_size": flux_files.tensor_shape(released, up_projection, where)[0],
                 "expand_ratio": wide // sizes["joint_attention_dim"],
             }
         )
-    config = _decoder_config(kind, embedding_dim, sizes["joint_attention_dim"], merger)
+    config = _decoder_config(kind, embedding_dim, sizes["joint_attention_dim"], merger, geometry, token_positions)
     with torch.device("meta"):
         decoder = VisionDecoder.from_config(config, sizes)
     check_tensors(to_released(decoder.state_dict(), kind), released, where)
@@ -269,31 +294,43 @@ def _untrained_decoder(
     sizes: Mapping[str, Any],
     transformer: State,
     merger: MergerConfig | None,
+    geometry: Geometry,
+    token_positions: TokenPositions | None,
 ) -> _Decoder:
     """FLUX.1's transformer under a conditioner that is still to be trained, in the transformer's dtype."""
     embedding_dim = int(language_model.text_config.hidden_size) if language_model is not None else defaults.HIDDEN_SIZE
     if kind == "editing":
-        merger = _merger_config(merger, language_model, embedding_dim, "the editing conditioner")
-    config = _decoder_config(kind, embedding_dim, sizes["joint_attention_dim"], merger)
+        merger = _merger_config(merger, language_model, embedding_dim, "the editing conditioner", geometry)
+    config = _decoder_config(kind, embedding_dim, sizes["joint_attention_dim"], merger, geometry, token_positions)
     with torch.device("meta"):
         decoder = VisionDecoder(config, FluxTransformer2DModel.from_config(sizes))
     return _Decoder(decoder, {_TRANSFORMER + name: tensor for name, tensor in transformer.items()})
 
 
 def _decoder_config(
-    kind: ConditionerKind, embedding_dim: int, context_dim: int, merger: MergerConfig | None
+    kind: ConditionerKind,
+    embedding_dim: int,
+    context_dim: int,
+    merger: MergerConfig | None,
+    geometry: Geometry,
+    token_positions: TokenPositions | None,
 ) -> DecoderConfig:
     return DecoderConfig(
         conditioner=kind,
         embedding_dim=embedding_dim,
         context_dim=context_dim,
-        token_positions="zeros" if kind == "generation" else "grid",
+        token_grid=geometry.target_grid,
+        token_positions=(token_positions or "zeros") if kind == "generation" else "grid",
         merger=merger if kind == "editing" else None,
     )
 
 
 def _merger_config(
-    merger: MergerConfig | None, language_model: Qwen2_5_VLConfig | None, embedding_dim: int, where: str
+    merger: MergerConfig | None,
+    language_model: Qwen2_5_VLConfig | None,
+    embedding_dim: int,
+    where: str,
+    geometry: Geometry,
 ) -> MergerConfig:
     """The merger is a layer like the language model's: its heads and positions are the same."""
     if merger is not None:
@@ -301,13 +338,13 @@ def _merger_config(
     if language_model is not None:
         text = language_model.text_config
         assert isinstance(text, Qwen2_5_VLTextConfig)
-        return merger_like(text)
+        return merger_like(text).model_copy(update={"reference_grid": geometry.reference_grid})
     if embedding_dim != defaults.HIDDEN_SIZE:
         raise ModelError(
             f"{where}: embeddings of {embedding_dim} numbers, not the released {defaults.HIDDEN_SIZE}, and the number "
             "of attention heads can't be read off the weights; import the autoregressive model with it, or give merger"
         )
-    return MergerConfig()
+    return MergerConfig(reference_grid=geometry.reference_grid)
 
 
 def _axes_of(flux: Path) -> tuple[int, int, int] | None:
@@ -318,12 +355,40 @@ def _axes_of(flux: Path) -> tuple[int, int, int] | None:
     return first, rows, columns
 
 
+def _check_blocks(decoder: VisionDecoder, flux_sizes: Mapping[str, Any] | None, where: str, flux: str) -> None:
+    """A file that lacks its last blocks looks like a smaller model's. Raises: ModelError if FLUX.1's config differs."""
+    if flux_sizes is None:
+        return
+    found, wanted = _num_blocks(decoder.transformer.config), _num_blocks({**RELEASED_TRANSFORMER, **flux_sizes})
+    if found != wanted:
+        raise ModelError(
+            f"{where}: {found[0]} double and {found[1]} single blocks, but the transformer of {flux} has {wanted[0]} "
+            f"and {wanted[1]}: the file is incomplete, or belongs to another model"
+        )
+
+
+def _num_blocks(sizes: Mapping[str, Any]) -> tuple[int, int]:
+    return int(sizes["num_layers"]), int(sizes["num_single_layers"])
+
+
 def _check_sizes(
-    decoder: VisionDecoder, language_model: Qwen2_5_VLConfig | None, constants: Mapping[str, Tensor] | None
+    decoder: VisionDecoder,
+    geometry: Geometry,
+    language_model: Qwen2_5_VLConfig | None,
+    constants: Mapping[str, Tensor] | None,
+    autoencoder: AutoencoderKL | None,
 ) -> None:
     """Parts of one model must take what the others give. Raises: ModelError."""
     config, sizes = decoder.config, decoder.transformer.config
+    if config.merger is not None and config.merger.reference_grid != geometry.reference_grid:
+        raise ModelError(
+            f"merger's reference_grid is {config.merger.reference_grid}, but a reference of the geometry has "
+            f"{geometry.reference_grid} tokens: give the two alike"
+        )
     pairs = []
+    if autoencoder is not None:
+        packed = 4 * autoencoder.config.latent_channels
+        pairs.append(("the autoencoder's latents, 2x2 packed into a token", packed, "transformer", sizes.in_channels))
     if language_model is not None:
         hidden = language_model.text_config.hidden_size
         pairs.append(("the language model's embeddings", hidden, "conditioner", config.embedding_dim))
@@ -339,14 +404,35 @@ def _check_sizes(
             )
 
 
-def _assumptions(decoders: Mapping[str, _Decoder], axes: tuple[int, int, int] | None) -> list[str]:
-    """Sizes that no file states, where they aren't the released ones."""
-    heads = {part: decoder.model.transformer.config for part, decoder in decoders.items()}
-    return [
-        f"{part}: rope axes {tuple(config.axes_dims_rope)}"
-        for part, config in heads.items()
-        if axes is None and config.attention_head_dim != RELEASED_TRANSFORMER["attention_head_dim"]
+def _assumed_sizes(
+    decoders: Mapping[str, _Decoder], axes: tuple[int, int, int] | None, flux_sizes: Mapping[str, Any] | None
+) -> list[str]:
+    """Sizes of transformers that no file states, where they aren't the released ones."""
+    assumed = []
+    for part, decoder in decoders.items():
+        sizes = decoder.model.transformer.config
+        if axes is None and sizes.attention_head_dim != RELEASED_TRANSFORMER["attention_head_dim"]:
+            assumed.append(f"{part}: rope axes {tuple(sizes.axes_dims_rope)}")
+        blocks = _num_blocks(sizes)
+        if flux_sizes is None and blocks != _num_blocks(RELEASED_TRANSFORMER):
+            assumed.append(f"{part}: {blocks[0]} double and {blocks[1]} single blocks are all")
+    return assumed
+
+
+def _assumed_settings(
+    decoders: Mapping[str, _Decoder], geometry: Geometry, token_positions: TokenPositions | None
+) -> list[str]:
+    """Settings that the released layout has no place for, where the model isn't of the released geometry."""
+    if geometry == Geometry() or not decoders:
+        return []
+    assumed = [
+        f"{part}: token positions {decoder.model.config.token_positions}"
+        for part, decoder in decoders.items()
+        if part == "generation_decoder" and token_positions is None
     ]
+    height, width = IMAGE_SIZE
+    sampling = f"scheduler shift {defaults.SCHEDULER_SHIFT}, {defaults.NUM_INFERENCE_STEPS} steps"
+    return [*assumed, f"{sampling}, pictures of {height}x{width} pixels"]
 
 
 def _lacks(

@@ -46,6 +46,9 @@ HALVES: Mapping[Half, tuple[str, ...]] = {"autoregressive": ("autoregressive",),
 _SMALL_FILES = (
     "autoregressive/config.json",
     "autoregressive/tokenizer.json",
+    "autoregressive/tokenizer_config.json",
+    "autoregressive/added_tokens.json",
+    "autoregressive/special_tokens_map.json",
     "autoregressive/vocab.json",
     "autoregressive/merges.txt",
     "decoders/generation/conditioner.json",
@@ -166,7 +169,8 @@ def load_model(
 
     With `offload` nothing large is loaded yet: `Model.use` does it, one half at a time. `quantise` makes the decoders'
     transformers small; `numerics` replaces the manifest's.
-    Raises: ModelError if the folder isn't a model, lacks a part asked for, or tensors are missing or left over.
+    Raises: ModelError if the folder isn't a model, lacks a part asked for, a file of it can't be read, or tensors are
+    missing or left over.
     """
     manifest = read_manifest(folder)
     wanted = tuple(parts) if parts is not None else manifest.parts
@@ -184,19 +188,32 @@ def load_model(
     if "autoregressive" in wanted:
         model.tokenizer = load_tokenizer(folder / "autoregressive")
     if set(wanted) & set(DECODER_FOLDERS):
-        if not (folder / "prompt_constants.safetensors").is_file():
+        path = folder / "prompt_constants.safetensors"
+        if not path.is_file():
             raise ModelError(
                 f"{folder} has no prompt_constants.safetensors, which its decoders need; import the model again with "
                 "--flux and a FLUX.1-dev folder that holds the text encoders and tokenizers"
             )
-        constants = load_file(folder / "prompt_constants.safetensors", device=str(device))
-        model.pooled_prompt = constants["pooled_prompt"].to(dtype)
-        if "negative_context" in constants:
-            model.negative_context = constants["negative_context"].to(dtype)
-        model.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler", local_files_only=True)
+        constants = {name: tensor.to(device, dtype) for name, tensor in iterate_file(path)}
+        if "pooled_prompt" not in constants:
+            raise ModelError(f"{path} lacks pooled_prompt, which the decoders need: import the model again with --flux")
+        model.pooled_prompt = constants["pooled_prompt"]
+        model.negative_context = constants.get("negative_context")
+        model.scheduler = _load_scheduler(folder / "scheduler")
     if not offload:
         model._load(wanted)
     return model
+
+
+def _load_scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
+    path = folder / "scheduler_config.json"
+    try:
+        config = FlowMatchEulerDiscreteScheduler.load_config(folder, local_files_only=True)
+        if not isinstance(config, dict):
+            raise ModelError(f"{path} is not a scheduler's config: expected an object")
+        return FlowMatchEulerDiscreteScheduler.from_config(config)
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{path} is not a scheduler's config: {error}") from None
 
 
 def check_parts(folder: Path, manifest: Manifest, wanted: Iterable[str]) -> None:
@@ -271,7 +288,9 @@ def load_autoregressive(
     state = {module_key(name): tensor.to(device, dtype) for name, tensor in iterate_tensors(folder)}
     is_tied = bool(config.tie_word_embeddings)
     if is_tied:  # the smaller Qwen2.5-VL store one matrix for both
-        state.setdefault("qwen.lm_head.weight", state["qwen.model.language_model.embed_tokens.weight"])
+        embed_tokens = state.get("qwen.model.language_model.embed_tokens.weight")
+        if embed_tokens is not None:
+            state.setdefault("qwen.lm_head.weight", embed_tokens)
     load_strictly(model, state, str(folder))
     if is_tied:
         model.qwen.tie_weights()

@@ -28,13 +28,19 @@ from transformers import (
 
 from nexusgen.errors import InputError, ModelError
 from nexusgen.geometry import Geometry
-from nexusgen.model.decoder import load_decoder, make_conditioner
+from nexusgen.model.decoder import load_decoder, make_conditioner, read_decoder_config
 from nexusgen.model.decoder_keys import from_released, original_name, original_to_released, to_released
 from nexusgen.model.flux import default_axes
 from nexusgen.model.manifest import demo_base, read_manifest
 from nexusgen.model.released import DECODER_FILES, export_model, flat_config, import_model
 from nexusgen.model.tensors import iterate_file, iterate_tensors, write_weights
-from nexusgen.model.weights import DECODER_FOLDERS, load_autoregressive, load_model
+from nexusgen.model.weights import (
+    DECODER_FOLDERS,
+    assemble_model,
+    load_autoregressive,
+    load_model,
+    start_editing_decoder,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 AR = GOLDEN / "ar"
@@ -202,19 +208,39 @@ def test_what_was_trained_is_exported_with_a_config_that_4_49_reads() -> None:
     assert flat_late["rope_scaling"] == rope["rope_scaling"]
 
 
-def test_a_trained_model_is_exported_and_imported_again(tmp_path: Path) -> None:
-    export_model(demo_base(), tmp_path / "out")
-    geometry = read_manifest(demo_base()).geometry
+def test_a_model_of_another_geometry_is_exported_and_imported_again(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    again = import_model(
-        tmp_path / "model",
-        autoregressive=out,
-        generation_decoder=out / "generation_decoder.bin",
-        geometry=geometry,
-    )
-    before = read_manifest(demo_base()).fingerprints
-    assert again.fingerprints == {part: before[part] for part in ("autoregressive", "vision", "generation_decoder")}
+    trained = {name: t.clone() for name, t in start_editing_decoder(demo_base()).editing_decoder.state_dict().items()}
+    save_file(trained, tmp_path / "trained.safetensors")
+    base = tmp_path / "base"
+    before = assemble_model(demo_base(), base, editing_decoder=tmp_path / "trained.safetensors", lineage={})
+    export_model(base, out)
+    files = {part: out / name for part, name in DECODER_FILES.items()}
+    settings: dict[str, Any] = {"geometry": before.geometry, "axes_dims_rope": (8, 16, 16)}
+    again = import_model(tmp_path / "model", autoregressive=out, **files, **settings, token_positions="grid")
+    parts = ("autoregressive", "vision", *DECODER_FILES)
+    assert again.fingerprints == {part: before.fingerprints[part] for part in parts}
     assert load_model(tmp_path / "model", ["autoregressive"]).tokenizer is not None  # came along
+    for place in DECODER_FOLDERS.values():
+        assert read_decoder_config(tmp_path / "model" / place) == read_decoder_config(base / place)
+    sampling = "scheduler shift 3.0, 50 steps, pictures of 512x512 pixels"
+    assert [text for text in again.lineage["assumed"] if "blocks" not in text] == [sampling]
+    merger = read_decoder_config(base / DECODER_FOLDERS["editing_decoder"]).merger
+    assumed = import_model(tmp_path / "assumed", **files, **settings, merger=merger)
+    assert assumed.lineage["assumed"][-2:] == ["generation_decoder: token positions zeros", sampling]
+    other = merger.model_copy(update={"reference_grid": (4, 4)})
+    message = refusal(tmp_path / "other", editing_decoder=files["editing_decoder"], **settings, merger=other)
+    assert "reference_grid is (4, 4), but a reference of the geometry has (6, 6) tokens" in message
+
+
+def test_a_model_of_another_geometry_says_how_it_can_be_imported(tmp_path: Path) -> None:
+    export_model(demo_base(), tmp_path / "out")
+    message = refusal(tmp_path / "model", autoregressive=tmp_path / "out")
+    assert "patches of 16 pixels; the geometry's patch_size is 14" in message
+    assert "call import_model with the model's geometry" in message
+    geometry = Geometry(target_size=112)
+    message = refusal(tmp_path / "model", autoregressive=AR, geometry=geometry)
+    assert "image_prefill_embeds.weight has 81 rows, but an image of the geometry 16 tokens" in message
 
 
 # --- plain libraries --------------------------------------------------------------------------------------------------
@@ -335,6 +361,28 @@ def test_parts_of_different_models_are_refused(tmp_path: Path, flux: Path) -> No
     assert "64 numbers, but the generation decoder's conditioner takes 32" in message
 
 
+@pytest.mark.parametrize("part", DECODERS)
+def test_a_decoder_without_its_last_block_is_refused_or_said_to_be_whole(part: str, tmp_path: Path, flux: Path) -> None:
+    state = torch.load(DECODERS[part], weights_only=True)
+    state = {name: tensor for name, tensor in state.items() if not name.startswith("pipe.dit.single_blocks.1.")}
+    torch.save(state, tmp_path / "decoder.bin")
+    sources: dict[str, Any] = {"autoregressive": AR, part: tmp_path / "decoder.bin"}
+    message = refusal(tmp_path / "refused", **sources, flux=flux)
+    assert "decoder.bin: 2 double and 1 single blocks, but the transformer of" in message
+    assert "has 2 and 2: the file is incomplete" in message
+    manifest = import_model(tmp_path / "model", **sources)
+    assert f"{part}: 2 double and 1 single blocks are all" in manifest.lineage["assumed"]
+
+
+def test_an_autoencoder_of_other_latents_is_refused(tmp_path: Path, flux: Path) -> None:
+    other = shutil.copytree(flux, tmp_path / "flux")
+    shutil.rmtree(other / "vae")
+    config = {**AutoencoderKL.load_config(flux / "vae"), "latent_channels": 8}
+    AutoencoderKL.from_config(config).save_pretrained(other / "vae")
+    message = refusal(tmp_path / "model", generation_decoder=DECODERS["generation_decoder"], flux=other)
+    assert "2x2 packed into a token: 32 numbers, but the generation decoder's transformer takes 64" in message
+
+
 def test_heads_that_nothing_tells_must_be_given(tmp_path: Path) -> None:
     message = refusal(tmp_path / "model", editing_decoder=DECODERS["editing_decoder"])
     assert "import the autoregressive model with it" in message
@@ -346,13 +394,14 @@ def test_rope_axes(tmp_path: Path, flux: Path) -> None:
     message = refusal(tmp_path / "model", generation_decoder=decoder, axes_dims_rope=(4, 4, 4))
     assert "(4, 4, 4) must add up to the size of an attention head, 16" in message
     assumed = import_model(tmp_path / "assumed", generation_decoder=decoder)
-    assert assumed.lineage["assumed"] == ["generation_decoder: rope axes (4, 6, 6)"]
+    blocks = "generation_decoder: 2 double and 2 single blocks are all"
+    assert assumed.lineage["assumed"] == ["generation_decoder: rope axes (4, 6, 6)", blocks]
     stated = import_model(tmp_path / "stated", generation_decoder=decoder, flux=flux)
     assert "assumed" not in stated.lineage
     given = import_model(tmp_path / "given", generation_decoder=decoder, axes_dims_rope=(8, 4, 4))
     assert given.fingerprints == assumed.fingerprints  # the weights are the same,
     assert given.fingerprint != assumed.fingerprint  # the model isn't
-    assert "assumed" not in given.lineage
+    assert given.lineage["assumed"] == [blocks]
     assert load_decoder(tmp_path / "given" / "decoders" / "generation").transformer.config.axes_dims_rope == [8, 4, 4]
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import weakref
 from pathlib import Path
@@ -14,11 +15,13 @@ from nexusgen.model.manifest import demo_base, read_manifest
 from nexusgen.model.tensors import write_weights
 from nexusgen.model.weights import (
     assemble_model,
+    load_autoregressive,
     load_model,
     module_key,
     released_key,
     start_editing_decoder,
     tensors_fingerprint,
+    write_manifest,
 )
 
 
@@ -132,6 +135,61 @@ def test_a_tensor_without_a_place_is_named(tmp_path):
     with pytest.raises(ModelError, match=r"qwen\.surplus"):
         assemble_model(demo_base(), tmp_path / "model", autoregressive=tmp_path / "trained.safetensors", lineage={})
     assert not (tmp_path / "model").exists()
+
+
+def fingerprinted(folder):
+    return write_manifest(folder, **read_manifest(folder).model_dump(exclude={"parts", "fingerprints", "fingerprint"}))
+
+
+def test_the_shipped_base_has_the_fingerprint_of_its_files(tmp_path):
+    folder = shutil.copytree(demo_base(), tmp_path / "model")
+    assert fingerprinted(folder) == read_manifest(demo_base())
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"])
+def test_the_tokenizers_small_files_are_part_of_the_fingerprint(tmp_path, name):
+    folder = shutil.copytree(demo_base(), tmp_path / "model")
+    path = folder / "autoregressive" / name
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**content, "eos_token": "<|endoftext|>"}))
+    assert fingerprinted(folder).fingerprint != read_manifest(demo_base()).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("prompt_constants.safetensors", None),
+        ("autoregressive/tokenizer.json", None),
+        ("autoregressive/tokenizer_config.json", None),
+        ("scheduler/scheduler_config.json", None),
+        ("scheduler/scheduler_config.json", b"[]"),
+    ],
+)
+def test_a_damaged_small_file_is_named(tmp_path, file, content):
+    folder = shutil.copytree(demo_base(), tmp_path / "model")
+    path = folder / file
+    path.write_bytes(content if content is not None else path.read_bytes()[: path.stat().st_size // 2])
+    named = str(path.parent if "tokenizer" in file else path)
+    with pytest.raises(ModelError, match=re.escape(named)):
+        load_model(folder)
+
+
+def test_constants_without_the_pooled_prompt_are_refused(tmp_path):
+    folder = shutil.copytree(demo_base(), tmp_path / "model")
+    save_file({"negative_context": torch.zeros(1)}, folder / "prompt_constants.safetensors")
+    with pytest.raises(ModelError, match="lacks pooled_prompt"):
+        load_model(folder)
+
+
+def test_missing_token_embeddings_are_named_though_the_head_is_tied_to_them(tmp_path):
+    folder = shutil.copytree(demo_base() / "autoregressive", tmp_path / "autoregressive")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"missing qwen\.model\.language_model\.embed_tokens\.weight"):
+        load_autoregressive(folder, read_manifest(demo_base()).geometry)
 
 
 def test_fingerprint_is_of_names_and_bytes_not_of_order():
