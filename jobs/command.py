@@ -36,6 +36,8 @@ DEMO_CONFIGS = Path(__file__).parent / "configs" / "demo"
 DEFAULT_STORAGE = "runs/demo"
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # of pictures that a command writes
 
+MAX_SIDES = {"JPEG": 65_500, "WEBP": 16_383}  # pixels; libjpeg's and libwebp's limits
+
 # Set before the libraries are imported, in this process and those that it starts; what the user has set stays.
 _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
@@ -150,8 +152,9 @@ def read_config(cls: type[ConfigT], arguments: argparse.Namespace) -> ConfigT:
     return load_config(cls, arguments.config, arguments.overrides)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which model a command uses, how it is held, and how it samples."""
+def add_model_arguments(parser: argparse.ArgumentParser, draws: bool = True) -> None:
+    """Which model a command uses, how it is held, and how it samples; one that doesn't draw takes all options, too."""
+    idle = "" if draws else "; changes nothing here: no picture is drawn, and answers are the likeliest ones"
     parser.add_argument(
         "--model",
         metavar="MODEL",
@@ -163,10 +166,10 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of weights (default: bf16 on cuda, fp32 on the cpu)")
-    parser.add_argument("--seed", type=_seed, default=0, help="of the picture's noise (default: %(default)s)")
-    parser.add_argument("--steps", type=_positive, help="denoising steps (default: the model's own)")
+    parser.add_argument("--seed", type=_seed, default=0, help=f"of the picture's noise (default: %(default)s){idle}")
+    parser.add_argument("--steps", type=_positive, help=f"denoising steps (default: the model's own){idle}")
     parser.add_argument(
-        "--size", type=_size, metavar="HEIGHTxWIDTH", help="of the picture in pixels (default: the model's own)"
+        "--size", type=_size, metavar="HEIGHTxWIDTH", help=f"of the picture in pixels (default: the model's own){idle}"
     )
     add_json_argument(parser)
 
@@ -246,7 +249,11 @@ def draw_picture(
     draw: Callable[[Model], Image.Image],
     told: Mapping[str, Any] | None = None,
 ) -> Outcome:
-    """Open a model, draw with it and write the picture to --out; `told` is more for --json. Raises: as `open_model`."""
+    """Open a model, draw with it and write the picture to --out; `told` is more for --json.
+
+    Raises: InputError, before the model is loaded, for a size that isn't drawn or the file can't hold; as `open_model`.
+    """
+    _check_picture_size(folder, arguments.out, arguments.size)
     model = open_model(arguments, folder, parts)
     started = time.monotonic()
     picture = draw(model)
@@ -270,6 +277,18 @@ def draw_picture(
         "seconds": seconds,
     }
     return Outcome(f"{arguments.out}: {picture.height}x{picture.width} pixels in {seconds:.1f} s", data)
+
+
+def _check_picture_size(folder: Path, out: Path, size: tuple[int, int] | None) -> None:
+    from nexusgen.model.manifest import read_manifest
+    from nexusgen.sampling import check_size
+
+    height, width = size if size is not None else read_manifest(folder).image_size
+    check_size((height, width))
+    name = FORMATS[out.suffix.lower()]
+    longest = MAX_SIDES.get(name)
+    if longest is not None and max(height, width) > longest:
+        raise InputError(f"size {height}x{width}: a side of a {name} has at most {longest:,} pixels; write a .png")
 
 
 def report_outcome(report: JobReport) -> Outcome:

@@ -20,27 +20,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """IMAGE [-q TEXT] and the options of models; answers are greedy, so that seed, steps and size change nothing."""
     parser.add_argument("image", type=Path, metavar="IMAGE", help="a picture's file")
     parser.add_argument("-q", "--question", default=DEFAULT_QUESTION, metavar="TEXT", help="(default: %(default)s)")
-    add_model_arguments(parser)
+    add_model_arguments(parser, draws=False)
 
 
 def run(arguments: argparse.Namespace) -> Outcome:
     """Ask the model; without --json its answer is printed as it comes."""
     image = read_picture(arguments.image)
     folder = find_model(arguments)
-    from nexusgen.replies import SamplingParams
+    from nexusgen.replies import Reply, SamplingParams
     from nexusgen.sampling import question_messages, respond
 
     model = open_model(arguments, folder, ["autoregressive"])
     started = time.monotonic()
     params = SamplingParams(max_new_tokens=MAX_NEW_TOKENS)
     pieces = respond(model, question_messages(arguments.question), [image], params)
-    answer = ""
-    for text in _stripped(piece.text for piece in pieces):
+    answer, reply = "", Reply()
+
+    def texts() -> Iterator[str]:
+        nonlocal reply
+        for piece in pieces:
+            reply = piece.reply or reply
+            yield piece.text
+
+    for text in _stripped(texts()):
         answer += text
         if not arguments.json:
             print(text, end="", flush=True)
     result = {
         "answer": answer,
+        "finish_reason": reply.finish_reason,  # "stop", or "length" if the answer was cut off
         "question": arguments.question,
         "model": str(folder),
         "fingerprint": model.manifest.fingerprint,

@@ -43,14 +43,16 @@ def run(arguments: argparse.Namespace) -> Outcome:
     folder = find_model(arguments)
     from nexusgen.errors import ModelError
     from nexusgen.model.manifest import read_manifest
-    from nexusgen.sampling import edit_images
+    from nexusgen.sampling import check_instruction, edit_images
 
+    check_instruction(arguments.instruction)
     part = f"{arguments.decoder}_decoder"
     manifest = read_manifest(folder)
     if part not in manifest.parts:
+        other = "generation" if arguments.decoder == "editing" else "editing"
+        way = f", or --decoder {other}" if f"{other}_decoder" in manifest.parts else ""
         raise ModelError(
-            f"{folder} has no {part}; it holds {', '.join(manifest.parts)}: use a model that has one, or "
-            f"--decoder {'generation' if arguments.decoder == 'editing' else 'editing'}"
+            f"{folder} has no {part}; it holds {', '.join(manifest.parts) or 'nothing'}: use a model that has one{way}"
         )
     return draw_picture(
         arguments,

@@ -32,8 +32,9 @@ def run(arguments: argparse.Namespace) -> Outcome:
     check_output_file(arguments.out, tuple(FORMATS))
     folder = find_model(arguments)
     from nexusgen.model.weights import DRAWING_PARTS
-    from nexusgen.sampling import generate_images
+    from nexusgen.sampling import check_prompt, generate_images
 
+    check_prompt(arguments.prompt)
     return draw_picture(
         arguments,
         folder,

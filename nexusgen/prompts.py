@@ -38,10 +38,13 @@ class Conversation:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder. Raises: ModelError if it is absent or lacks control tokens."""
+    """The tokenizer in a folder. Raises: ModelError if it is absent or damaged, or lacks control tokens."""
     if not (folder / "tokenizer_config.json").is_file():
         raise ModelError(f"{folder}: no tokenizer_config.json; expected a tokenizer beside the language model")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # for a damaged tokenizer.json, tokenizers has no narrower class
+        raise ModelError(f"{folder}: the tokenizer's files can't be read: {error!r}") from None
     missing = [token for token in CONTROL_TOKENS if token not in tokenizer.get_added_vocab()]
     if missing:
         raise ModelError(f"{folder}: the tokenizer lacks the control tokens {', '.join(missing)}")
@@ -83,11 +86,15 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
     Raises: InputError if the text isn't valid Unicode.
     """
-    if not is_unicode(text):
-        raise InputError("the text isn't valid Unicode: give it in UTF-8")
+    _check_unicode(text)
     encoded: Any = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
     ids: list[int] = encoded["input_ids"]
     return ids
+
+
+def _check_unicode(text: str) -> None:
+    if not is_unicode(text):
+        raise InputError("the text isn't valid Unicode: give it in UTF-8")
 
 
 def encode_conversation(
@@ -114,7 +121,7 @@ def encode_prompt(
     target positions, which hold query embeddings. `grids` gives each image's token grid (h, w), in order.
     Raises: InputError if the text is longer than 32,768 characters; ShapeError as `encode_conversation`.
     """
-    _check_length(messages)
+    check_messages(messages)
     tokens = _Tokens(tokenizer)
     remaining = _encode_messages(tokens, messages, list(grids))
     return _finish_prompt(tokens, grids, remaining)
@@ -126,7 +133,7 @@ def encode_turn(tokenizer: PreTrainedTokenizerBase, message: Message, grids: Seq
 
     Raises: InputError and ShapeError as `encode_prompt`.
     """
-    _check_length([message])
+    check_messages([message])
     tokens = _Tokens(tokenizer)
     tokens.control("<|im_end|>", learned=False)
     tokens.text("\n", learned=False)
@@ -134,7 +141,10 @@ def encode_turn(tokenizer: PreTrainedTokenizerBase, message: Message, grids: Seq
     return _finish_prompt(tokens, grids, remaining)
 
 
-def _check_length(messages: Sequence[Message]) -> None:
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raises: InputError if the text is too long, or isn't valid Unicode; needs no tokenizer."""
+    for message in messages:
+        _check_unicode(message.content)
     num_characters = sum(len(m.content) for m in messages)
     if num_characters > MAX_PROMPT_CHARACTERS:
         raise InputError(

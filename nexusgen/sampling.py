@@ -21,7 +21,7 @@ from nexusgen.model.autoencoder import decode_latents, latent_shape
 from nexusgen.model.autoregressive import AutoregressiveModel
 from nexusgen.model.decoder import ConditionerKind
 from nexusgen.model.weights import Model
-from nexusgen.prompts import TokenGrid, encode_prompt
+from nexusgen.prompts import TokenGrid, check_messages, encode_prompt
 from nexusgen.replies import (
     MAX_TEXT_BEFORE_IMAGE,
     ImageMode,
@@ -35,6 +35,30 @@ from nexusgen.replies import (
 from nexusgen.schema import IMAGE_MARK, Message
 
 
+def check_prompt(prompt: str) -> None:
+    """Raises: InputError for a prompt that is empty, over-long or not Unicode; no model is needed to tell."""
+    if not prompt.strip():
+        raise InputError("the prompt is empty; say what to draw")
+    check_messages([Message("user", prompt)])
+
+
+def check_instruction(instruction: str) -> None:
+    """Raises: InputError for an instruction of an edit, as `check_prompt`."""
+    if not instruction.strip():
+        raise InputError("the instruction is empty; say what to change")
+    check_messages([Message("user", instruction)])
+
+
+def check_size(size: tuple[int, int]) -> None:
+    """Raises: InputError for a picture of a (height, width) in pixels that isn't drawn; no model is needed to tell."""
+    height, width = size
+    if height <= 0 or width <= 0 or height % 16 or width % 16 or height * width > defaults.MAX_OUTPUT_PIXELS:
+        raise InputError(
+            f"size {height}x{width}: both sides must be positive multiples of 16, and their product at most "
+            f"{defaults.MAX_OUTPUT_PIXELS:,} pixels"
+        )
+
+
 def predict_embeddings(
     model: Model, prompts: Sequence[str], image_mode: ImageMode = ImageMode.ONE_PASS
 ) -> Float[Tensor, "prompts tokens hidden"]:
@@ -43,8 +67,7 @@ def predict_embeddings(
     Raises: ModelError if the folder has no autoregressive part; InputError for an empty or over-long prompt.
     """
     for prompt in prompts:
-        if not prompt.strip():
-            raise InputError("the prompt is empty; say what to draw")
+        check_prompt(prompt)
     requests = _read(model, [[Message("user", prompt.replace(IMAGE_MARK, " "))] for prompt in prompts], [])
     return _predict(model, requests, image_mode)
 
@@ -57,16 +80,14 @@ def predict_edits(
     Raises: as `predict_embeddings`.
     """
     for instruction in instructions:
-        if not instruction.strip():
-            raise InputError("the instruction is empty; say what to change")
+        check_instruction(instruction)
     contents = [f"{IMAGE_MARK} {instruction.replace(IMAGE_MARK, ' ')}" for instruction in instructions]
     requests = _read(model, [[Message("user", content)] for content in contents], images)
     return _predict(model, requests, ImageMode.ONE_PASS)
 
 
 def _predict(model: Model, requests: Sequence[Prompt], image_mode: ImageMode) -> Float[Tensor, "prompts tokens hidden"]:
-    autoregressive, _ = _autoregressive_part(model)
-    # Nothing is wanted after the image; a model that has not learned to stop would write on to the limit.
+    autoregressive, tokenizer = _autoregressive_part(model)
     room = MAX_TEXT_BEFORE_IMAGE + 1 + autoregressive.geometry.num_target_tokens
     sampling = [SamplingParams(max_new_tokens=room, needs_image=True)] * len(requests)
     context = int(autoregressive.text_config.max_position_embeddings)
@@ -77,8 +98,13 @@ def _predict(model: Model, requests: Sequence[Prompt], image_mode: ImageMode) ->
                 f"the prompt has {length:,} tokens, images included; with the {room} of the reply they must fit the "
                 f"model's context of {context:,}: shorten it"
             )
-    replies = generate_replies(autoregressive, requests, sampling, image_mode=image_mode)
-    return torch.stack([reply.images[0] for reply in replies])
+    images: dict[int, Tensor] = {}
+    for piece in stream_replies(autoregressive, requests, sampling, tokenizer, image_mode=image_mode):
+        if piece.image is not None:
+            images.setdefault(piece.row, piece.image)
+        if len(images) == len(requests):
+            break  # nothing is wanted after the image
+    return torch.stack([images[row] for row in range(len(requests))])
 
 
 @torch.no_grad()
@@ -129,6 +155,7 @@ def decode_embeddings(
 ) -> list[Image.Image]:
     """Pictures from image embeddings by a decoder; picture i depends on seed i alone, not on company.
 
+    Between the steps latents have the dtype of the decoder or, with numerics `exact`, fp32.
     `size` is (height, width) in pixels; what isn't given comes from the model's manifest. `reference` holds the
     embeddings, at reference size, of the pictures that an editing decoder keeps to.
     Raises: ModelError if the folder has no such decoder; InputError for a size that isn't a multiple of 16, or beyond
@@ -139,11 +166,7 @@ def decode_embeddings(
     if part is None or model.autoencoder is None or model.scheduler is None:
         raise ModelError(f"{model.folder} has no {decoder} decoder; it holds {', '.join(model.manifest.parts)}")
     height, width = size if size is not None else model.manifest.image_size
-    if height <= 0 or width <= 0 or height % 16 or width % 16 or height * width > defaults.MAX_OUTPUT_PIXELS:
-        raise InputError(
-            f"size {height}x{width}: both sides must be positive multiples of 16, and their product at most "
-            f"{defaults.MAX_OUTPUT_PIXELS:,} pixels"
-        )
+    check_size((height, width))
     if model.pooled_prompt is None:
         raise ModelError(f"{model.folder} has no prompt constants, which its {decoder} decoder needs")
     if true_cfg_scale is None:
@@ -158,7 +181,8 @@ def decode_embeddings(
     )
     noise = initial_noise(seeds, latent_shape(model.autoencoder, (height, width)))
     num_steps = steps if steps is not None else model.manifest.num_inference_steps
-    latents = euler_sample(velocity, noise.to(embeddings), model.scheduler, num_steps)
+    dtype = part.dtype if part.numerics == "reference" else torch.float32
+    latents = euler_sample(velocity, noise.to(embeddings.device, dtype), model.scheduler, num_steps)
     return from_pixels(decode_latents(model.autoencoder, latents))
 
 
@@ -171,6 +195,7 @@ def generate_images(
     true_cfg_scale: float | None = None,
 ) -> list[Image.Image]:
     """A picture for each prompt: predicted embeddings, decoded. Errors as `predict_embeddings`, `decode_embeddings`."""
+    check_size(size if size is not None else model.manifest.image_size)
     return decode_embeddings(model, predict_embeddings(model, prompts), seeds, steps, size, true_cfg_scale)
 
 
@@ -189,6 +214,7 @@ def edit_images(
     The editing decoder sees the original beside the predicted embeddings; the generation decoder draws from these
     alone, so that what they don't hold is made anew.
     """
+    check_size(size if size is not None else model.manifest.image_size)
     predicted = predict_edits(model, images, instructions)
     reference = encode_references(model, images) if decoder == "editing" else None
     return decode_embeddings(model, predicted, seeds, steps, size, decoder=decoder, reference=reference)

@@ -253,6 +253,39 @@ def test_size_that_the_model_cannot_draw(nexusgen: Run, model: Path, tmp_path: P
     assert "multiples of 16" in line
 
 
+@pytest.mark.parametrize(
+    ("text", "size", "name", "said"),
+    [
+        ("a star", "60000x60000", "x.png", "size 60000x60000: .* at most 4,194,304 pixels"),
+        ("a star", "16x16400", "x.webp", "a side of a WEBP has at most 16,383 pixels; write a .png"),
+        ("a star", "65504x16", "x.jpg", "a side of a JPEG has at most 65,500 pixels; write a .png"),
+        (" ", "96", "x.png", "the prompt is empty"),
+        ("x" * 100_000, "96", "x.png", "100,000 characters"),
+        ("a \udcff", "96", "x.png", "UTF-8"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_the_model_is_loaded(
+    nexusgen: Run, model: Path, tmp_path: Path, text: str, size: str, name: str, said: str
+) -> None:
+    result = nexusgen("generate", text, "-o", tmp_path / name, "--model", model, "--size", size)
+    assert re.search(said, refused(result))
+    assert len(result[2].splitlines()) == 1  # not even a memory plan
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "in.png")
+    options = ("-o", tmp_path / name, "--model", model, "--size", size, "--decoder", "generation")
+    result = nexusgen("edit", tmp_path / "in.png", text, *options)
+    assert re.search(said.replace("prompt is empty", "instruction is empty"), refused(result))
+    assert len(result[2].splitlines()) == 1
+
+
+def test_edit_proposes_only_a_decoder_that_is_there(nexusgen: Run, model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "model")
+    manifest = json.loads((folder / "nexusgen.json").read_text())
+    (folder / "nexusgen.json").write_text(json.dumps({**manifest, "parts": ["autoregressive", "vae"]}))
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "in.png")
+    line = refused(nexusgen("edit", tmp_path / "in.png", "Make it blue.", "-o", tmp_path / "x.png", "--model", folder))
+    assert line.endswith("has no editing_decoder; it holds autoregressive, vae: use a model that has one")
+
+
 def test_prompt_that_is_not_unicode(nexusgen: Run, model: Path, tmp_path: Path) -> None:
     assert "UTF-8" in refused(nexusgen("generate", "a \udcff", "-o", tmp_path / "x.png", "--model", model))
 
@@ -271,7 +304,13 @@ def test_describe_answers(nexusgen: Run, model: Path, tmp_path: Path) -> None:
     assert code == 0
     data = json.loads(out)
     assert data["question"] == "What?"
+    assert data["finish_reason"] in ("stop", "length")
     assert isinstance(data["answer"], str)
+
+
+def test_describe_says_which_options_change_nothing(nexusgen: Run) -> None:
+    for name, count in (("describe", 3), ("generate", 0)):
+        assert " ".join(nexusgen(name, "--help")[1].split()).count("changes nothing here") == count
 
 
 def test_describe_prints_its_answer_as_it_comes(nexusgen: Run, tmp_path: Path) -> None:

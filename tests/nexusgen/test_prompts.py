@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 
@@ -132,3 +134,10 @@ def test_a_prompt_of_100_000_characters_is_refused_with_the_numbers(tokenizer):
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(ModelError, match=r"tokenizer_config\.json"):
         load_tokenizer(tmp_path)
+
+
+def test_a_damaged_tokenizer_is_named(tiny_tokenizer_folder, tmp_path):
+    folder = shutil.copytree(tiny_tokenizer_folder, tmp_path / "tokenizer")
+    (folder / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes()[:100])
+    with pytest.raises(ModelError, match=f"{folder}: the tokenizer's files can't be read"):
+        load_tokenizer(folder)

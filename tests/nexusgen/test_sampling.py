@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 import nexusgen
+from nexusgen import flow_matching
 from nexusgen.base_training import GEOMETRY, HIDDEN_SIZE, TRANSFORMER_SIZES
 from nexusgen.errors import InputError, ModelError
 from nexusgen.images import input_image, to_patches
@@ -167,6 +168,35 @@ def test_an_offloaded_model_draws_edits_and_answers_bit_for_bit_the_same(model, 
     assert work(offloaded) == work(whole)
     assert offloaded.generation_decoder is None  # the answer came last
     assert whole.generation_decoder is not None
+
+
+@pytest.mark.parametrize(("numerics", "dtype"), [("reference", torch.bfloat16), ("exact", torch.float32)])
+def test_latents_between_steps_have_the_dtype_of_model_and_numerics(monkeypatch, numerics, dtype):
+    made = []
+
+    def sampled(velocity, noise, scheduler, num_steps):
+        made.append(flow_matching.euler_sample(velocity, noise, scheduler, num_steps))
+        return made[-1]
+
+    monkeypatch.setattr("nexusgen.sampling.euler_sample", sampled)
+    model = load_model(BASE, dtype=torch.bfloat16, numerics=numerics)
+    embeddings = predict_embeddings(model, PROMPTS[:1]).bfloat16()
+    pictures = [decode_embeddings(model, given, [1], steps=2)[0] for given in (embeddings, embeddings.float())]
+    assert [latents.dtype for latents in made] == [dtype, dtype]
+    assert pictures[0].tobytes() == pictures[1].tobytes()  # whatever the dtype of the embeddings
+
+
+def test_nothing_is_written_after_the_image(model, monkeypatch):
+    fed = []
+    run_layers = model.autoregressive.run_layers
+
+    def counted(embeddings, *arguments):
+        fed.append(embeddings.shape[1])
+        return run_layers(embeddings, *arguments)
+
+    monkeypatch.setattr(model.autoregressive, "run_layers", counted)
+    predict_embeddings(model, PROMPTS[:1])
+    assert fed[-1] == model.manifest.geometry.num_target_tokens + 2  # the image, between its start and its end
 
 
 def test_a_quantised_decoder_draws_almost_the_same(model):
