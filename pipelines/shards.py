@@ -4,8 +4,10 @@ A shard is read once, from front to back, by content and never by name; nothing 
 unpickled. Whatever is wrong with its content becomes a `QuarantineRow`; reading never raises for it.
 
 Policies, where the contract leaves a choice:
-- Members of a sample may come in any order and interleaved with other samples: an incomplete sample waits while the
-  next `MAX_OPEN_SAMPLES` begin or `MAX_OPEN_BYTES` gather. Samples come out in the order of their first members.
+- Members of a sample may come in any order and interleaved with other samples: a sample to which more may belong waits
+  while the next `MAX_OPEN_SAMPLES` begin or `MAX_OPEN_BYTES` gather. Nothing more is awaited by a conversation with all
+  its images, and by an image with both txt and json: a text may yet follow a json with a caption, and metadata a text.
+  Samples come out in the order of their first members.
 - A key that occurs again later in the shard: the first sample counts, the second is `key_duplicate`. Keys differ by
   case, extensions don't, as in WebDataset: `k.0.PNG` beside `k.0.png` is `member_duplicate`, `K.json` another sample.
 - After a damaged header nothing more is read: sizes and borders can't be trusted. Samples complete by then count, the
@@ -14,8 +16,9 @@ Policies, where the contract leaves a choice:
 - Tars may be concatenated, gzip streams too. Other bytes after the end of an archive are ignored.
 - Absolute member names and names with `..` are refused (`member_unsafe`), as are links, devices, sparse files and the
   rest of a file that began in another volume.
-- json may start with a byte-order mark; `NaN` and infinities in it are read as null. json and text larger than
-  `MAX_TEXT_BYTES` aren't parsed (`member_too_large`), longer conversations than a prompt may be are `text_too_long`.
+- json may start with a byte-order mark; `NaN`, infinities and numbers beyond a float's range are read as null. json and
+  text larger than `MAX_TEXT_BYTES` aren't parsed (`member_too_large`), longer conversations than a prompt may be are
+  `text_too_long`.
 - Control tokens of the chat template in a text are plain text; NUL, right-to-left and zero-width characters are kept.
 - Pictures of one pixel are used; what else `nexusgen.images` refuses is reported when the picture is decoded.
 - Junk of archivers and file systems (`._X`, `.DS_Store`, `__MACOSX/`, ...) and names without extension are ignored and
@@ -28,12 +31,13 @@ import glob
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
 import tarfile
 import zlib
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, BinaryIO, Literal, Protocol, cast
@@ -124,7 +128,8 @@ _PAX_RECORD = re.compile(rb"(\d{1,10}) ([^=]+)=")
 def list_shards(inputs: str | Sequence[str], endings: tuple[str, ...] = SHARD_ENDINGS) -> list[str]:
     """URIs of the shards that paths, globs, `{000..099}` ranges, folders, list files or S3 URIs name; each once.
 
-    Local paths come out absolute. Order: as named; folders and globs by name. `endings` are those taken from a folder.
+    Local paths come out absolute and normalised; links to one file are as many names. Order: as named; folders and
+    globs by name. `endings` are those taken from a folder.
     Raises: ConfigError for no input or a malformed range; InputError for names that match nothing.
     """
     names = [inputs] if isinstance(inputs, str) else list(inputs)
@@ -136,8 +141,17 @@ def list_shards(inputs: str | Sequence[str], endings: tuple[str, ...] = SHARD_EN
         found = _expand(name, endings)
         if not found:
             raise InputError(f"input {name!r} matches no file")
-        shards.update(dict.fromkeys(found))
+        shards.update(dict.fromkeys(map(_normalised, found)))
     return list(shards)
+
+
+def _normalised(shard: str) -> str:
+    """A local path without `.`, `..` and doubled slashes; where `..` leads back from a link, the path stays."""
+    if storage.is_remote(shard):
+        return shard
+    path = os.path.normpath(shard)
+    is_safe = "/../" not in shard or (os.path.exists(path) and os.path.samefile(path, shard))  # noqa: PTH110, PTH121
+    return path if is_safe else shard
 
 
 def _expand(name: str, endings: tuple[str, ...]) -> list[str]:
@@ -336,7 +350,7 @@ def _read_exactly(stream: _Readable, size: int) -> bytes:
     return b"".join(chunks)
 
 
-def _iterate_members(stream: _Readable, max_member_bytes: int) -> Iterator[_Member]:
+def _iterate_members(stream: _Readable) -> Iterator[_Member]:
     """Every member that isn't a folder. Raises: _TarDamageError where the stream can't be read on."""
     offset = 0
     has_ended = False
@@ -396,7 +410,7 @@ def _iterate_members(stream: _Readable, max_member_bytes: int) -> Iterator[_Memb
                 is_continued = block[504]
         is_sparse = info.type == tarfile.GNUTYPE_SPARSE or _SPARSE in extended
         is_text = split_name(name)[1].lower() in _TEXT_EXTENSIONS
-        limit = min(max_member_bytes, MAX_TEXT_BYTES) if is_text and not is_extension else max_member_bytes
+        limit = MAX_TEXT_BYTES if is_text and not is_extension else MAX_MEMBER_BYTES
         is_taken = size <= limit and not is_sparse
         data = b""
         if is_taken:
@@ -514,8 +528,6 @@ class ReadOptions:
     """How a shard is read. `pairs_as` says which task an image with a text (img2dataset's style) becomes."""
 
     pairs_as: Literal["generation", "understanding"] = "generation"
-    max_member_bytes: int = MAX_MEMBER_BYTES
-    max_text_characters: int = MAX_TEXT_CHARACTERS
 
 
 @dataclass
@@ -528,6 +540,7 @@ class _Group:
     problem: SampleError | None = None
     record: dict[str, Any] | None = None  # KEY.json, parsed
     num_bytes: int = 0
+    is_over: bool = False  # its key has begun anew
 
     def add(self, member: _Member, extension: str) -> None:
         """Take a member; once the sample has a problem, only its members' names are kept."""
@@ -555,6 +568,7 @@ class _Group:
         if self.problem is None:
             self.problem = SampleError(reason_code, reason, member)
             self.members = dict.fromkeys(self.members, b"")
+            self.record = None
             self.num_bytes = 0
 
     @property
@@ -574,6 +588,15 @@ class _Group:
             return all(self.find(name) is not None for name in names)
         has_text = "txt" in self.members or (self.record is not None and "caption" in self.record)
         return has_text and bool(self.image_extensions())
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing of the sample can follow. Of one with a problem it may: it mustn't be counted twice."""
+        if self.is_over:
+            return True
+        if self.is_conversation:
+            return self.is_complete
+        return self.members.keys() >= _TEXT_EXTENSIONS and bool(self.image_extensions())
 
     def image_extensions(self) -> list[str]:
         return [extension for extension in self.members if extension in IMAGE_EXTENSIONS]
@@ -618,52 +641,58 @@ class ShardReader:
             yield self._row("tar_unreadable", str(error))
 
     def _read(self, tar: _Readable) -> Iterator[Sample | QuarantineRow]:
-        open_groups: OrderedDict[str, _Group] = OrderedDict()
+        waiting: deque[_Group] = deque()  # in the order of their first members
+        open_groups: dict[str, _Group] = {}  # those of them that take more members, by key
         closed: set[str] = set()
         current = ""
-        num_bytes = 0  # of all open groups
+        side_by_side: set[str] = set()  # extensions of the current key since another key came
+        num_bytes = 0  # of all that wait
         try:
-            for member in _iterate_members(tar, self.options.max_member_bytes):
+            for member in _iterate_members(tar):
                 if _is_junk(member.name):
                     self.num_ignored += 1
                     continue
                 key, extension = split_name(member.name)
+                if key != current:
+                    side_by_side = set()
                 group = open_groups.get(key)
-                if group is not None and key != current and extension.lower() in group.members:
+                if group is not None and extension.lower() in group.members.keys() - side_by_side:
                     # The key begins anew: what came before must stand on its own.
-                    num_bytes -= group.num_bytes
-                    yield self._close(open_groups.pop(key))
+                    group.is_over = True
                     closed.add(key)
                     group = None
                 if group is None:
                     group = open_groups[key] = _Group(key, self.num_groups)
+                    waiting.append(group)
                     self.num_groups += 1
                     if key in closed:
                         group.fail("key_duplicate", "the key occurred earlier in this shard; the first sample counts")
                 num_bytes -= group.num_bytes
                 group.add(member, extension)
                 num_bytes += group.num_bytes
+                side_by_side.add(extension.lower())
                 current = key
-                while open_groups and self._is_due(open_groups, current, num_bytes):
-                    first, done = open_groups.popitem(last=False)
+                while self._is_due(waiting[0], group, len(waiting), num_bytes):
+                    done = waiting.popleft()
                     num_bytes -= done.num_bytes
-                    closed.add(first)
+                    if not done.is_over:
+                        del open_groups[done.key]
+                        closed.add(done.key)
                     yield self._close(done)
         except _TarDamageError as damage:
-            yield from self._close_at_damage(open_groups, damage)
+            yield from self._close_at_damage(waiting, damage)
             return
-        for group in open_groups.values():
+        for group in waiting:
             yield self._close(group)
         if not self.num_groups:
             yield self._row("tar_empty", f"the tar holds no sample ({self.num_ignored} members ignored)")
 
     @staticmethod
-    def _is_due(open_groups: OrderedDict[str, _Group], current: str, num_bytes: int) -> bool:
-        """Whether the oldest open sample should come out now: complete, or waited for long enough."""
-        oldest = next(iter(open_groups.values()))
-        if oldest.key == current:
+    def _is_due(oldest: _Group, current: _Group, num_waiting: int, num_bytes: int) -> bool:
+        """Whether the oldest sample should come out now: it is full, or has waited for long enough."""
+        if oldest is current:
             return False  # more of its members may follow
-        return len(open_groups) > MAX_OPEN_SAMPLES or num_bytes > MAX_OPEN_BYTES or oldest.is_complete
+        return num_waiting > MAX_OPEN_SAMPLES or num_bytes > MAX_OPEN_BYTES or oldest.is_full
 
     def _close(self, group: _Group) -> Sample | QuarantineRow:
         try:
@@ -676,17 +705,15 @@ class ShardReader:
         self.num_pairs += not group.is_conversation
         return sample
 
-    def _close_at_damage(
-        self, open_groups: OrderedDict[str, _Group], damage: _TarDamageError
-    ) -> Iterator[Sample | QuarantineRow]:
+    def _close_at_damage(self, waiting: Iterable[_Group], damage: _TarDamageError) -> Iterator[Sample | QuarantineRow]:
         """What can be saved where a tar breaks off, and one row for each sample that it cut."""
         cut_key = split_name(damage.member)[0] if damage.member and not _is_junk(damage.member) else ""
-        for key, group in open_groups.items():
-            if key == cut_key:
+        for group in waiting:
+            if group.key == cut_key and not group.is_over:
                 continue
             result = self._close(group)
             if isinstance(result, QuarantineRow) and group.problem is None and not group.is_complete:
-                result = self._row(damage.reason_code, f"cut off: {result.reason}", key, result.member)
+                result = self._row(damage.reason_code, f"cut off: {result.reason}", group.key, result.member)
             yield result
         if not damage.is_tolerable:
             yield self._row(damage.reason_code, damage.reason, cut_key, damage.member)
@@ -702,14 +729,19 @@ class ShardReader:
 
 
 def parse_record(data: bytes) -> dict[str, Any]:
-    """A sample's json as a mapping; NaN and infinities are null. Raises: SampleError `json_invalid`."""
+    """A sample's json as a mapping; what is no finite number is null. Raises: SampleError `json_invalid`."""
     try:
-        record = json.loads(data.decode("utf-8-sig"), parse_constant=lambda _: None)
+        record = json.loads(data.decode("utf-8-sig"), parse_constant=lambda _: None, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise SampleError("json_invalid", f"{type(error).__name__}: {error}"[:300]) from None
     if not isinstance(record, dict):
         raise SampleError("json_invalid", f"expected an object, found a {type(record).__name__}")
     return record
+
+
+def _finite(text: str) -> float | None:
+    number = float(text)
+    return number if math.isfinite(number) else None
 
 
 def parse_sample(key: str, members: Mapping[str, bytes]) -> Sample:
@@ -739,8 +771,8 @@ def _build_sample(shard: str, group: _Group, options: ReadOptions) -> Sample:
     else:
         messages, images = _parse_pair(group, record, options)
     num_characters = sum(len(message.content) for message in messages)
-    if num_characters > options.max_text_characters:
-        raise SampleError("text_too_long", f"{num_characters:,} characters; at most {options.max_text_characters:,}")
+    if num_characters > MAX_TEXT_CHARACTERS:
+        raise SampleError("text_too_long", f"{num_characters:,} characters; at most {MAX_TEXT_CHARACTERS:,}")
     validate_messages(messages, len(images))
     meta = {name: value for name, value in record.items() if name not in _IMAGE_FIELDS}
     lang = _stated_language(record) or guess_language(messages)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
 import os
 import random
@@ -102,6 +103,21 @@ def test_inputs_by_path_glob_range_folder_and_list(tmp_path: Path) -> None:
     assert list_shards([f"{tmp_path}/a-*.tar", str(tmp_path)]) == full, "each once"
 
 
+def test_a_shard_by_several_spellings_is_one_and_links_are_several(tmp_path: Path) -> None:
+    (tmp_path / "far" / "deep").mkdir(parents=True)
+    (tmp_path / "in").mkdir()
+    for folder in ("in", "far"):
+        (tmp_path / folder / "x.tar").write_bytes(b"")
+    (tmp_path / "in" / "y.tar").symlink_to(tmp_path / "in" / "x.tar")
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "far" / "deep")
+    plain = f"{tmp_path}/in/x.tar"
+    spellings = [plain, f"{tmp_path}/in/../in/x.tar", f"{tmp_path}/in/./x.tar", f"{tmp_path}//in/x.tar"]
+    spellings += [f"{tmp_path}/in/../in/x.t?r", f"file://{tmp_path}/in/../in/x.tar"]
+    assert list_shards(spellings) == [plain]
+    assert list_shards([plain, f"{tmp_path}/in/y.tar"]) == [plain, f"{tmp_path}/in/y.tar"]
+    assert list_shards(f"{tmp_path}/in/link/../x.tar") == [f"{tmp_path}/in/link/../x.tar"], "that is far/x.tar"
+
+
 @pytest.mark.parametrize("name", ["none.tar", "none-*.tar", "a-{000..005}.tar", "empty"])
 def test_inputs_that_match_nothing_are_named(tmp_path: Path, name: str) -> None:
     (tmp_path / "a-000.tar").write_bytes(b"")
@@ -199,6 +215,44 @@ def test_an_incomplete_sample_waits_only_so_long(shard: Path, monkeypatch: pytes
     samples, rows, _ = read(shard, tar_bytes(members))
     assert [s.key for s in samples] == [f"k{i:03d}" for i in range(100)]
     assert [(r.key, r.reason_code) for r in rows] == [("lone", "sample_unknown"), ("lone", "key_duplicate")]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(("jpg", "json", "txt"))), ids="-".join)
+def test_pairs_sorted_by_extension_are_whole_and_counted_once(shard: Path, order: tuple[str, ...]) -> None:
+    keys = ["a", "b", "c"]
+    of = {
+        "jpg": png(),
+        "json": json.dumps({"caption": "from json", "url": "u"}).encode(),
+        "txt": b"from text",
+    }
+    samples, rows, reader = read(shard, tar_bytes([(f"{key}.{e}", of[e]) for e in order for key in keys]))
+    assert (rows, [sample.key for sample in samples], reader.num_groups) == ([], keys, 3)
+    for sample in samples:
+        assert "from text" in sample.messages[0].content
+        assert sample.meta == {"caption": "from json", "url": "u"}
+    members = [(f"{key}.{e}", b"{" if (key, e) == ("a", "json") else of[e]) for e in order for key in keys]
+    samples, rows, _ = read(shard, tar_bytes(members))
+    assert [sample.key for sample in samples] == ["b", "c"]
+    assert [(row.key, row.reason_code) for row in rows] == [("a", "json_invalid")], "once, whatever follows"
+
+
+def test_pairs_come_out_in_tar_order_as_soon_as_nothing_can_follow(shard: Path) -> None:
+    def pair(key: str, *extensions: str) -> list[Member]:
+        of = {"jpg": png(), "txt": b"a text", "json": b'{"n": 1e999, "m": -1e999, "k": 2.5, "i": NaN}'}
+        return [(f"{key}.{extension}", of[extension]) for extension in extensions]
+
+    shard.write_bytes(tar_bytes([*pair("a", "jpg", "txt", "json"), *pair("b", "jpg", "txt"), *pair("c", "jpg", "txt")]))
+    reader = iter(ShardReader(str(shard)))
+    first = next(reader)
+    assert isinstance(first, Sample)
+    assert first.meta == {"n": None, "m": None, "k": 2.5, "i": None}, "what strict parsers read"
+    again = [*pair("a", "jpg", "txt"), *pair("b", "jpg", "txt"), *pair("a", "jpg", "txt"), *pair("c", "jpg", "txt")]
+    found = list(ShardReader(str(shard)))
+    assert [(item.key, type(item)) for item in found] == [(key, Sample) for key in "abc"]
+    shard.write_bytes(tar_bytes([*again, *pair("b", "json", "txt")]))
+    found = list(ShardReader(str(shard)))
+    kinds = [(item.key, getattr(item, "reason_code", "")) for item in found]
+    assert kinds == [("a", ""), ("b", ""), ("a", "key_duplicate"), ("c", ""), ("b", "key_duplicate")]
 
 
 def test_all_images_may_come_before_all_json(shard: Path) -> None:
@@ -308,9 +362,10 @@ def test_links_are_never_followed(shard: Path) -> None:
     assert [(r.key, r.reason_code) for r in rows] == [("k", "member_unsafe")]
 
 
-def test_a_large_member_is_skipped(shard: Path) -> None:
+def test_a_large_member_is_skipped(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards_module, "MAX_MEMBER_BYTES", 4000)
     members = [("k.0.png", bytes(5000)), ("k.json", record()), *sample_members("z")]
-    samples, rows, _ = read(shard, tar_bytes(members), ReadOptions(max_member_bytes=4000))
+    samples, rows, _ = read(shard, tar_bytes(members))
     assert [s.key for s in samples] == ["z"]
     assert [r.reason_code for r in rows] == ["member_too_large"]
 
