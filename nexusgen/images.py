@@ -28,6 +28,7 @@ from nexusgen.geometry import Geometry
 MAX_IMAGE_PIXELS = 64_000_000  # 8,000 x 8,000; above every camera in the data, 200 MB once decoded
 MAX_ASPECT_RATIO = 200.0  # the limit of Qwen2.5-VL's smart resize
 MAX_SLOW_PIXELS = 2_000_000  # where Pillow decodes in Python (QOI, plain and 16-bit PPM, RLE): microseconds per pixel
+MAX_COVERING_PIXELS = 16_000_000  # of a picture scaled to be cropped: 1024x1024 at an aspect ratio of 15
 MAX_SCANNED_PIXELS = 20 * MAX_IMAGE_PIXELS  # pixels x scans of a JPEG: a scan costs the time of the whole picture
 
 # Formats opened: raster formats that decode in-process. Others (EPS runs Ghostscript, PDF, FITS...) are refused.
@@ -47,7 +48,7 @@ _UPRIGHT = {
 }
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+def decode_image(data: bytes) -> Image.Image:
     """Any picture's bytes as an upright RGB image: first frame, alpha on white, format known by content.
 
     The pixel count and the aspect ratio are checked in the header, before anything is decoded. Deep greys are scaled to
@@ -59,9 +60,9 @@ def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image
     with _PILLOW_IS_QUIET:
         try:
             for size in _sizes_in_icon(data):
-                _check_size(size, max_pixels)
+                _check_size(size, MAX_IMAGE_PIXELS)
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                _check_header(image, data, max_pixels)
+                _check_header(image, data)
                 image.load()
                 orientation = _orientation(image)
                 upright = _to_rgb(image)
@@ -107,9 +108,9 @@ class _Quiet:
 _PILLOW_IS_QUIET = _Quiet()
 
 
-def _check_header(image: Image.Image, data: bytes, max_pixels: int) -> None:
+def _check_header(image: Image.Image, data: bytes) -> None:
     is_slow = any(tile[0] in Image.DECODERS for tile in getattr(image, "tile", ()))  # the registry of those in Python
-    _check_size(image.size, min(max_pixels, MAX_SLOW_PIXELS) if is_slow else max_pixels)
+    _check_size(image.size, MAX_SLOW_PIXELS if is_slow else MAX_IMAGE_PIXELS)
     if image.format in ("JPEG", "MPO"):
         num_scans = data.count(b"\xff\xda")  # coded data holds no such bytes
         if num_scans * image.width * image.height > MAX_SCANNED_PIXELS:
@@ -230,14 +231,20 @@ def target_image(image: Image.Image, geometry: Geometry) -> Image.Image:
 def crop_image(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Scaled to cover (height, width), bilinear, and centre-cropped: what the decoders' latents are made of.
 
+    Of a picture so thin that it would be scaled to more than `MAX_COVERING_PIXELS`, the crop alone is computed; its
+    values then may differ by one from those of the whole.
     Source: DiffSynth-Studio `crop_and_resize`, with torchvision's rounding of sizes and offsets.
     """
     height, width = size
     scale = max(width / image.width, height / image.height)
     # A covered side may round to one pixel less than it must cover: the crop never leaves the image.
     scaled = (max(height, round(image.height * scale)), max(width, round(image.width * scale)))
+    top, left = round((scaled[0] - height) / 2), round((scaled[1] - width) / 2)
+    if scaled[0] * scaled[1] > MAX_COVERING_PIXELS:
+        down, across = image.height / scaled[0], image.width / scaled[1]  # pixels of the picture for one of the result
+        box = (left * across, top * down, (left + width) * across, (top + height) * down)
+        return image.resize((width, height), Image.Resampling.BILINEAR, box)
     covering = _squash(image, scaled, Image.Resampling.BILINEAR)
-    top, left = round((covering.height - height) / 2), round((covering.width - width) / 2)
     return covering.crop((left, top, left + width, top + height))
 
 

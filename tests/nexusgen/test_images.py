@@ -17,6 +17,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms, features
 from safetensors.numpy import load_file
 
+from nexusgen import images as images_module
 from nexusgen.errors import SampleError, ShapeError
 from nexusgen.geometry import Geometry
 from nexusgen.images import (
@@ -404,6 +405,28 @@ def test_crop_covers_and_centres(shape: tuple[int, int]) -> None:
     line[:, 150] = 255
     bright = np.asarray(crop_image(Image.fromarray(line), (101, 101)))[50, :, 0]
     assert bright.argmax() == 50
+
+
+@pytest.mark.parametrize("shape", [(1, 200), (200, 1), (3, 420)])
+def test_a_thin_picture_is_cropped_without_scaling_all_of_it(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = noise(*shape)
+    thin = crop_image(picture, (512, 512))
+    made: list[tuple[int, int]] = []
+    resize = Image.Image.resize
+
+    def noted(image: Image.Image, size: tuple[int, int], *rest: object) -> Image.Image:
+        made.append(size)
+        return resize(image, size, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Image.Image, "resize", noted)
+    assert crop_image(picture, (512, 512)) == thin
+    assert made == [(512, 512)], "0.8 GB for a picture of 1x200 that covers 1024x1024"
+    monkeypatch.setattr(images_module, "MAX_COVERING_PIXELS", 512 * 512 * 200)
+    whole = crop_image(picture, (512, 512))
+    assert made[1] != (512, 512)
+    assert np.abs(np.asarray(thin).astype(int) - np.asarray(whole)).max() <= 1
 
 
 def test_patches_come_in_merge_order_with_two_equal_frames() -> None:
