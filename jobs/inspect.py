@@ -43,18 +43,19 @@ def run(arguments: argparse.Namespace) -> Outcome:
 
     if arguments.report is None:
         found = inspect(arguments.inputs, arguments.pairs_as)
-        return Outcome(_describe(found), found)
+        return Outcome(describe(found), found)
     from pipelines.report import write_report
 
     check_folder(arguments.report)
     shown: list[Shown] = []
     found = inspect(arguments.inputs, arguments.pairs_as, shown=shown)
-    text = _describe(found)
+    text = describe(found)
     files = write_report(arguments.report, found, text, shown)
     return Outcome(f"{text}\nreport: {', '.join(map(str, files))}", found)
 
 
-def _describe(found: Mapping[str, Any]) -> str:
+def describe(found: Mapping[str, Any]) -> str:
+    """What `inspect` found, for a person."""
     sizes, tokens, conventions = found["image_sizes"], found["text_tokens"], found["conventions"]
     lines = [
         f"{found['shards']} shards, {found['bytes'] / 1e6:.1f} MB, {found['samples']} samples, "
@@ -82,7 +83,9 @@ def _describe(found: Mapping[str, Any]) -> str:
     for row in found["quarantined"][:MAX_SHOWN]:
         lines.append(f"  {row['shard']} {row['key']}: {row['reason_code']}: {row['reason']}")
     if total > MAX_SHOWN:
-        lines.append(f"  ... {total - MAX_SHOWN} more; --json or --report give all")
+        num_listed = len(found["quarantined"])
+        listed = "all" if num_listed == total else f"the first {num_listed:,}"
+        lines.append(f"  ... {total - MAX_SHOWN} more; --json and the inspect.json of --report list {listed}")
     return "\n".join(lines)
 
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import pyarrow as pa
 import torch
@@ -30,15 +29,13 @@ from nexusgen.model.autoencoder import ImageAutoencoder, encode_latents
 from nexusgen.model.autoregressive import AutoregressiveModel, collate_conversations
 from nexusgen.prompts import Conversation, encode_conversation
 from nexusgen.schema import IMAGE_MARK, QuarantineRow, Sample, StoredDtype, Task, embedded_schema
+from pipelines.ahead import map_ahead
 from pipelines.arrays import decode_entry, encode_array, quantise_tokens
 
 LATENTS_ROLE = "latents"
 PREDICTED_ROLE = "predicted"
 REFERENCE_ROLE = "reference"
 AHEAD_PER_THREAD = 16  # images that a thread may have ready before the encoder takes them: bounds memory
-
-ItemT = TypeVar("ItemT")
-ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True)
@@ -353,7 +350,7 @@ def _make_ready(
         wanted.append(numbers)
     ready: dict[int, _Ready] = {}
     with ThreadPoolExecutor(num_threads, thread_name_prefix="decode") as pool:
-        results = _ahead(pool, lambda job: _make_one_ready(encoder, *job), jobs, num_threads * AHEAD_PER_THREAD)
+        results = map_ahead(pool, lambda job: _make_one_ready(encoder, *job), jobs, num_threads * AHEAD_PER_THREAD)
         num_ready = 0
         for number, (sample, numbers) in enumerate(zip(samples, wanted, strict=True)):
             while numbers and num_ready <= max(numbers):
@@ -363,19 +360,6 @@ def _make_ready(
             for job in set(numbers):
                 if last_use[job] == number:
                     del ready[job]
-
-
-def _ahead(
-    pool: ThreadPoolExecutor, function: Callable[[ItemT], ResultT], items: Iterable[ItemT], limit: int
-) -> Iterator[ResultT]:
-    """`pool.map`, with at most `limit` results unfetched."""
-    pending: deque[Future[ResultT]] = deque()
-    for item in items:
-        pending.append(pool.submit(function, item))
-        if len(pending) >= limit:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
 
 
 def _make_one_ready(encoder: Encoder, data: bytes, roles: Sequence[str]) -> _Ready:

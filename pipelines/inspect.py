@@ -30,10 +30,12 @@ from nexusgen.messages import image_roles
 from nexusgen.model.manifest import demo_base
 from nexusgen.prompts import load_tokenizer
 from nexusgen.schema import IMAGE_MARK, TASKS, Message, QuarantineRow, Sample
+from pipelines.ahead import map_ahead
 from pipelines.shards import ReadOptions, ShardReader, list_shards
 from pipelines.sheets import PICTURE_PX
 
 PROGRESS_S = 2.0
+AHEAD_PER_THREAD = 2  # shards read while one before them isn't
 MAX_NAMES = 1_000  # distinct sources or licences counted by name
 MAX_SIZES = 20_000  # distinct image sizes counted
 MAX_ROWS = 100_000  # quarantine rows listed; all are counted
@@ -206,9 +208,10 @@ def inspect(
     def read(index: int) -> Found:
         return _read_shard(shards[index], index, options, lengths, shown is not None)
 
-    with ThreadPoolExecutor(max_workers=min(len(shards), os.cpu_count() or 1)) as pool:
-        # Decoding releases the interpreter lock, so threads use every core.
-        for found in pool.map(read, range(len(shards))):
+    num_threads = min(len(shards), os.cpu_count() or 1)
+    with ThreadPoolExecutor(num_threads) as pool:
+        # Decoding releases the interpreter lock, so threads use every core. A shard's pictures to show may take 28 MB.
+        for found in map_ahead(pool, read, range(len(shards)), num_threads * AHEAD_PER_THREAD):
             total.merge(found)
             if time.monotonic() - last >= PROGRESS_S:
                 last = time.monotonic()

@@ -184,7 +184,9 @@ def _page(found: Mapping[str, Any], text: str, shown: Sequence[Shown], histogram
     parts.append(_table(f"Shards that aren't {majority}", ("shard", "convention"), odd))
     columns = ("shard", "key", "reason_code", "reason")
     bad = [tuple(row[name] for name in columns) for row in found["quarantined"][:MAX_ROWS_SHOWN]]
-    parts.append(_table(f"Quarantined: {found['quarantined_total']:,}", columns, bad))
+    title = f"Quarantined: {found['quarantined_total']:,}"
+    more = f", of which the first {len(bad)}; more in inspect.json" if found["quarantined_total"] > len(bad) else ""
+    parts.append(_table(title + more, columns, bad))
     for task in TASKS:
         cards = [_card(sample) for sample in shown if sample.task == task]
         if cards:

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import json
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 from test_shards import png, record, sample_members, tar_bytes
 
+from jobs.inspect import describe
 from nexusgen.errors import InputError
 from nexusgen.model.manifest import demo_base
 from nexusgen.prompts import encode_text, load_tokenizer
@@ -115,6 +119,33 @@ def test_what_is_kept_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [len(group["first"]) for group in found["duplicate_groups"]["images"]] == [2, 2]
 
 
+def test_few_shards_are_read_before_the_first_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_begun = num_merged = most = 0
+    merge = Found.merge
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *call: Any, **options: Any) -> Future[Any]:
+            nonlocal num_begun, most
+            num_begun += 1
+            most = max(most, num_begun - num_merged)
+            return super().submit(*call, **options)
+
+    def noted(total: Found, other: Found) -> None:
+        nonlocal num_merged
+        num_merged += 1
+        merge(total, other)
+
+    monkeypatch.setattr(inspect_module, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(Found, "merge", noted)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    for shard in range(20):
+        (tmp_path / f"{shard:02d}.tar").write_bytes(tar_bytes(pair_members(f"k{shard}")))
+    shown: list[Shown] = []
+    assert inspect(str(tmp_path), shown=shown)["samples"] == 20
+    assert (num_begun, num_merged, len(shown)) == (20, 20, 20)
+    assert most <= 3 * inspect_module.AHEAD_PER_THREAD
+
+
 def test_samples_to_show_are_one_draw_in_any_order() -> None:
     def shown(rank: int) -> Shown:
         return Shown(rank, "s", f"k{rank}", "generation", "en", (), (), 0)
@@ -158,6 +189,19 @@ def test_the_report_shows_samples_counts_and_problems(tmp_path: Path) -> None:
     assert page.count("data:image/jpeg") == NUM_SHOWN + 2
     assert "src='data:" in page
     assert "http" not in page
+
+
+def test_a_report_says_how_many_bad_samples_it_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.tar").write_bytes(tar_bytes([(f"bad{number}.json", b"{") for number in range(60)]))
+    for limit, listed in ((100, "all"), (55, "the first 55")):
+        monkeypatch.setattr(inspect_module, "MAX_ROWS", limit)
+        found = inspect(f"{tmp_path}/x.tar")
+        text = describe(found)
+        assert text.endswith(f"... 40 more; --json and the inspect.json of --report list {listed}")
+        write_report(tmp_path, found, text, [])
+        page = (tmp_path / "inspect.html").read_text()
+        assert "<h2>Quarantined: 60, of which the first 50; more in inspect.json</h2>" in page
+        assert page.count("<td>json_invalid</td>") == 50
 
 
 def test_the_report_of_nothing(tmp_path: Path) -> None:
