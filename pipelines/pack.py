@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import sys
 import tarfile
 import time
@@ -34,8 +35,8 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 
 from nexusgen import shapes
 from nexusgen.config import Config, dump_config
-from nexusgen.errors import ConfigError, InputError, QuarantineError, SampleError
-from nexusgen.schema import QUARANTINE_SCHEMA, QuarantineRow, Task
+from nexusgen.errors import ConfigError, InputError, SampleError
+from nexusgen.schema import QUARANTINE_SCHEMA, TASKS, QuarantineRow, Task
 from pipelines import embedded, storage, tracking
 from pipelines.pack_sources import (
     JsonlSource,
@@ -50,14 +51,17 @@ from pipelines.pack_sources import (
     read_ahead,
     to_members,
 )
+from pipelines.quarantine import check_fraction
 from pipelines.runtime import CpuMeter, JobReport
 
 LAYOUT_VERSION = 2  # raised when the packed bytes change for the same configuration
 ENTRIES_FOLDER = "_manifest"
+RECORD_NAME = "run.json"
 CHECK_EVERY = 1000  # samples between two looks at the quarantined fraction
 PROGRESS_S = 5.0
 MAX_LISTED_INPUTS = 100  # files that MLflow is told of; run.json lists all
 
+_OWN_NAME = re.compile(rf"(samples-\d{{6}}|({'|'.join(TASKS)})-\d{{5}})\d*")
 Format = Literal["demo_world", "jsonl", "pairs", "parquet"]
 
 _SHARED_KEYS = {"storage", "name", "format", "samples_per_shard"}
@@ -126,7 +130,7 @@ def pack(config: PackConfig, parent_run_id: str | None = None) -> JobReport:
         folder = storage.join(config.storage, "tars", config.name)
         with closing(_World(config, folder) if config.format == "demo_world" else _Files(config, folder)) as work:
             storage.check_writable(folder)
-            if work.resume():
+            if work.resume() and not _stale_files(folder, work.names) and _is_recorded(folder, work):
                 return _report(meter, folder, work, reused=True)
             with tracking.job_run(
                 config.storage, config.name, "pack", dump_config(config), parent=parent_run_id
@@ -136,17 +140,13 @@ def pack(config: PackConfig, parent_run_id: str | None = None) -> JobReport:
                 finally:
                     run.log_metrics(work.metrics())
                     run.log_text(work.quarantine_report(), "quarantine.txt")
-                _remove_stale(folder, work.names)
+                for uri in _stale_files(folder, work.names):
+                    storage.delete(uri)
                 for uri, digest in work.inputs[:MAX_LISTED_INPUTS]:
                     run.log_dataset_input(storage.name_of(uri), uri, digest, "packing")
                 run.log_text(json.dumps(work.entries, indent=1), "shards.json")
                 storage.write_bytes_atomic(storage.join(folder, "config.yaml"), dump_config(config).encode())
-                record = {
-                    "run_id": run.run_id,
-                    "inputs": [{"uri": uri, "digest": digest} for uri, digest in work.inputs],
-                    "outputs": [{"uri": entry["uri"], "digest": entry["sha256"]} for entry in work.entries],
-                }
-                storage.write_bytes_atomic(storage.join(folder, "run.json"), json.dumps(record, indent=1).encode())
+                storage.write_json(storage.join(folder, RECORD_NAME), {"run_id": run.run_id, **_lineage(work)})
                 report = _report(meter, folder, work, reused=False)
                 run.log_report(report)
     return report
@@ -456,15 +456,10 @@ class _Files(_Work):
 
     def _check(self, num_unwritten: int = 0) -> None:
         """Raises: QuarantineError if too many of the samples so far are bad."""
-        bad, allowed = self.quarantined.total(), self.config.max_quarantine_fraction
-        self._num_checked = self.num_samples + num_unwritten + bad
-        if allowed < 1 and bad > allowed * self._num_checked:
-            codes = ", ".join(f"{code} {count}" for code, count in self.quarantined.most_common(5))
-            raise QuarantineError(
-                f"{bad} of {self._num_checked} samples are bad ({bad / self._num_checked:.1%}; at most {allowed:.1%} "
-                f"are allowed): {codes}. See {self.folder}/{embedded.QUARANTINE_FOLDER}, mend the data, or raise "
-                f"max_quarantine_fraction"
-            )
+        num_bad = self.quarantined.total()
+        self._num_checked = self.num_samples + num_unwritten + num_bad
+        allowed = self.config.max_quarantine_fraction
+        check_fraction(num_bad, self._num_checked, allowed, self.quarantined, self.folder)
 
     def _write_quarantine(self, name: str, rows: Sequence[QuarantineRow]) -> None:
         uri = storage.join(self.folder, embedded.QUARANTINE_FOLDER, f"{name}.parquet")
@@ -497,14 +492,29 @@ def _digest(values: object) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
-def _remove_stale(folder: str, kept: set[str]) -> None:
-    """Remove shards that an earlier configuration made; files that pack never made stay."""
-    for uri in storage.list_files(storage.join(folder, ENTRIES_FOLDER)):
-        name = storage.name_of(uri).removesuffix(".json")
-        if name not in kept:
-            storage.delete(storage.join(folder, f"{name}.tar"))
-            storage.delete(storage.join(folder, embedded.QUARANTINE_FOLDER, f"{name}.parquet"))
-            storage.delete(uri)
+def _lineage(work: _Work) -> dict[str, list[dict[str, str]]]:
+    """What the tars were made from, and which they are."""
+    return {
+        "inputs": [{"uri": uri, "digest": digest} for uri, digest in work.inputs],
+        "outputs": [{"uri": entry["uri"], "digest": entry["sha256"]} for entry in work.entries],
+    }
+
+
+def _is_recorded(folder: str, work: _Work) -> bool:
+    """Whether a run has entered these very tars as its own; one that was killed, or stopped by bad samples, hasn't."""
+    record = storage.find_json(storage.join(folder, RECORD_NAME)) or {}
+    return {name: record.get(name) for name in ("inputs", "outputs")} == _lineage(work)
+
+
+def _stale_files(folder: str, kept: set[str]) -> list[str]:
+    """Files of shards that an earlier configuration made, also of one that was killed; what pack never made stays."""
+    found = []
+    for place, ending in (("", ".tar"), (embedded.QUARANTINE_FOLDER, ".parquet"), (ENTRIES_FOLDER, ".json")):
+        for uri in storage.list_files(storage.join(folder, place)):
+            name = storage.name_of(uri).removesuffix(ending)
+            if uri.endswith(ending) and _OWN_NAME.fullmatch(name) and name not in kept:
+                found.append(uri)
+    return found
 
 
 def _report(meter: CpuMeter, folder: str, work: _Work, *, reused: bool) -> JobReport:

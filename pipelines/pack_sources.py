@@ -12,10 +12,13 @@ Policies, where the formats leave a choice:
 - An id that comes again gets the first free of ID-2, ID-3, ..., over all shards; the json keeps the id as it was.
 - Empty lines and hidden files are no samples. A picture without text, or a text without picture, is a bad one.
 - Columns of Parquet that hold bytes, other than the picture's, are left out, and said so.
+- A file that a record names and that doesn't exist makes a bad sample (`member_missing`). One that exists but can't be
+  read (its rights, a damaged disk, an object store that doesn't answer) ends the job: it says nothing about the data.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -24,9 +27,8 @@ import re
 import sqlite3
 import sys
 import warnings
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, Protocol
 
@@ -40,13 +42,14 @@ from nexusgen.images import FORMATS
 from nexusgen.messages import generation_messages, understanding_messages
 from nexusgen.schema import Message
 from pipelines import storage
+from pipelines.ahead import map_ahead
 from pipelines.shards import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES, guess_language, list_shards, parse_record, parse_sample
 
 MAX_LINE_BYTES = 16 << 20
 MAX_KEY_BYTES = 80  # with extension and number below the 100 bytes that a plain tar header has room for
 BATCH_ROWS = 16  # of Parquet at a time: pictures are large
 NUM_READERS = 8
-MAX_READ_AHEAD = 16  # records whose files are being read
+MAX_READ_AHEAD = 16  # records whose files are being read, or wait to be packed
 
 PairsAs = Literal["generation", "understanding"]
 
@@ -180,7 +183,7 @@ class PairSource:
         for folder in self.folders:
             root = _Root(folder)
             digest = hashlib.sha256()
-            for infos in _walk(root.filesystem, root.path):
+            for infos in _walk(root.uri):
                 for info in infos:
                     name = info.path[len(root.path) :]
                     digest.update(f"{name}\0{info.size}\0{info.mtime_ns}\0".encode("utf-8", "surrogateescape"))
@@ -190,7 +193,7 @@ class PairSource:
         for index, folder in enumerate(self.folders[start.file :], start.file):
             root = _Root(folder)
             row = 0
-            for infos in _walk(root.filesystem, root.path):
+            for infos in _walk(root.uri):
                 paths = {info.path for info in infos}
                 stems = {_split(path)[0] for path in paths if _split(path)[1].lower() in IMAGE_EXTENSIONS}
                 for path in sorted(paths):
@@ -230,14 +233,13 @@ class PairSource:
         )
 
 
-def _walk(filesystem: fs.FileSystem, path: str) -> Iterator[list[fs.FileInfo]]:
+def _walk(folder: str) -> Iterator[list[fs.FileInfo]]:
     """The files of a folder and of those below it, folder by folder, in order of name; hidden ones are left out."""
-    infos = sorted(filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True)), key=lambda info: info.path)
-    infos = [info for info in infos if not posixpath.basename(info.path).startswith(".")]
+    infos = [info for info in storage.list_folder(folder) if not info.base_name.startswith(".")]
     yield [info for info in infos if info.type == fs.FileType.File]
     for info in infos:
         if info.type == fs.FileType.Directory:
-            yield from _walk(filesystem, info.path)
+            yield from _walk(storage.join(folder, info.base_name))
 
 
 # ---- Parquet --------------------------------------------------------------------------------------------------------
@@ -404,22 +406,16 @@ class Keys:
 
 def read_ahead(records: Iterator[Record]) -> Generator[Loaded, None, None]:
     """Records in order with what they hold, or why they can't be used; files are read by a few threads."""
-    waiting: deque[tuple[Record, Future[Content]]] = deque()
     pool = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="pack")
     try:
-        for record in records:
-            waiting.append((record, pool.submit(record.load)))
-            if len(waiting) >= MAX_READ_AHEAD:
-                yield _outcome(*waiting.popleft())
-        while waiting:
-            yield _outcome(*waiting.popleft())
+        yield from map_ahead(pool, _load, records, MAX_READ_AHEAD)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _outcome(record: Record, future: Future[Content]) -> Loaded:
+def _load(record: Record) -> Loaded:
     try:
-        return record, future.result()
+        return record, record.load()
     except SampleError as error:
         return record, error
 
@@ -482,30 +478,50 @@ def _refusal(error: SampleError) -> Callable[[], NoReturn]:
 
 
 class _Root:
-    """A folder that images are named in, opened once: names on S3 may then hold any character."""
+    """A folder that images are named in."""
 
     def __init__(self, uri: str) -> None:
+        self.uri = uri
         self._scheme = f"{uri.partition('://')[0]}://" if storage.is_remote(uri) else ""
-        self.filesystem, path = storage.open_filesystem(uri)
-        self.path = path.rstrip("/")
+        self.path = storage.open_filesystem(uri)[1].rstrip("/")
 
     def uri_of(self, path: str) -> str:
         return self._scheme + path
 
     def read(self, name: str) -> bytes:
-        """The bytes of a file below the root. Raises: SampleError."""
+        """The bytes of a file below the root.
+
+        Raises: SampleError if it is outside, absent or too large; InputError if it can't be read; ResourceError if the
+        store doesn't answer.
+        """
         stated = name.removeprefix(self._scheme or "file://")
         is_absolute = stated != name or stated.startswith(("/", f"{self.path}/"))
         path = posixpath.normpath(stated if is_absolute else f"{self.path}/{stated}")
         if "\0" in name or "://" in stated or not path.startswith(f"{self.path}/"):
             raise SampleError("member_unsafe", f"leads out of the image root {self._scheme}{self.path}/", name)
+        uri = self.uri_of(path)
+        pieces: list[bytes] = []
+        num_bytes = 0
         try:
-            with self.filesystem.open_input_file(path) as file:
-                if file.size() > MAX_MEMBER_BYTES:
-                    raise SampleError("member_too_large", f"{file.size():,} bytes; at most {MAX_MEMBER_BYTES:,}", name)
-                return bytes(file.read())
-        except OSError as error:
-            raise SampleError("member_missing", f"can't be read at {self._scheme}{path}: {error}"[:300], name) from None
+            with storage.open_input(uri) as stream:
+                while piece := stream.read(storage.READ_BUFFER_BYTES):
+                    pieces.append(piece)
+                    num_bytes += len(piece)
+                    if num_bytes > MAX_MEMBER_BYTES:
+                        raise SampleError("member_too_large", f"more than {MAX_MEMBER_BYTES:,} bytes", name)
+        except (OSError, UnicodeError) as error:
+            if _is_absence(uri, error):
+                raise SampleError("member_missing", f"no file at {uri}: {error}"[:300], name) from None
+            raise InputError(f"cannot read {uri}: {error}; start the job again once it can be read") from None
+        return b"".join(pieces)
+
+
+def _is_absence(uri: str, error: Exception) -> bool:
+    """Whether there is no file of this name: none at all, a folder, or a name that no file can have."""
+    no_file = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+    if isinstance(error, UnicodeError) or getattr(error, "errno", None) in no_file:
+        return True
+    return storage.is_folder(uri)  # of which pyarrow gives no number
 
 
 def _split(path: str) -> tuple[str, str]:

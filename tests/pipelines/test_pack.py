@@ -17,9 +17,10 @@ from mlflow import MlflowClient
 from servers import free_port, s3_server
 from test_shards import png
 
+from benchmarks.faulty_s3 import FaultyS3, faulty_s3
 from nexusgen import shapes
 from nexusgen.config import dump_config, load_config, parse_config
-from nexusgen.errors import ConfigError, InputError, QuarantineError
+from nexusgen.errors import ConfigError, InputError, QuarantineError, ResourceError
 from nexusgen.images import decode_image
 from nexusgen.schema import Sample
 from pipelines import pack as pack_module
@@ -27,6 +28,8 @@ from pipelines import storage, tracking
 from pipelines.pack import PackConfig, pack
 from pipelines.runtime import JobReport
 from pipelines.shards import ShardReader
+
+PASSING = ("500", "503", "reset", "cut", "cut unannounced")
 
 
 @pytest.fixture(autouse=True)
@@ -73,17 +76,33 @@ def test_finished_shards_are_kept_and_others_replaced(tmp_path: Path) -> None:
     assert again.reused
     assert again.outputs["digests"] == first.outputs["digests"]
     folder = Path(first.outputs["tars"])
-    (folder / "generation-00001.tar").unlink()
     (folder / "notes.tar").write_bytes(b"not ours")
-    repaired = pack(config(tmp_path, counts={"generation": 5}))
-    assert repaired.samples == 2
-    assert repaired.outputs["digests"] == first.outputs["digests"][2:5]
+    fewer = pack(config(tmp_path, counts={"generation": 5}))
+    assert (fewer.samples, fewer.reused) == (0, False), "nothing is made, others are removed"
+    assert fewer.outputs["digests"] == first.outputs["digests"][2:5]
     assert sorted(path.name for path in folder.glob("*.tar")) == [
         *(f"generation-{i:05d}.tar" for i in range(3)),
         "notes.tar",
     ]
     assert json.loads((folder / "run.json").read_text())["run_id"]
+    assert pack(config(tmp_path, counts={"generation": 5})).reused
+    (folder / "generation-00001.tar").unlink()
+    assert pack(config(tmp_path, counts={"generation": 5})).samples == 2
     assert pack(config(tmp_path, counts={"generation": 5}, seed=1)).samples == 5
+
+
+def test_what_a_killed_run_left_undone_is_done_by_the_next(tmp_path: Path) -> None:
+    many, few = config(tmp_path, counts={"generation": 4}), config(tmp_path, counts={"generation": 2})
+    folder = Path(pack(many).outputs["tars"])
+    (folder / "_manifest" / "generation-00001.json").unlink()  # killed between a tar and its entry
+    assert not pack(few).reused
+    assert [path.name for path in folder.glob("*.tar")] == ["generation-00000.tar"]
+    assert pack(few).reused
+    (folder / "run.json").unlink()  # killed behind the last entry
+    again = pack(few)
+    assert (again.samples, again.reused) == (0, False)
+    assert json.loads((folder / "run.json").read_text())["outputs"][0]["digest"] == again.outputs["digests"][0]
+    assert pack(few).reused
 
 
 def test_nothing_to_pack_is_an_error(tmp_path: Path) -> None:
@@ -255,7 +274,7 @@ def test_bad_samples_are_set_aside_counted_and_limited(tmp_path: Path, monkeypat
     with pytest.raises(QuarantineError):
         pack(own(tmp_path / "s", **settings))  # all is packed, and as bad as before
     report = pack(own(tmp_path / "s", max_quarantine_fraction=1, **settings))
-    assert report.reused
+    assert (report.samples, report.reused) == (0, False), "all was packed, but by no run that came to its end"
     assert report.outputs["quarantined"] == {"member_missing": 1, "image_undecodable": 1, "json_invalid": 1}
     assert [sample.key for sample in samples_of(report)] == [f"样本_{number}_x" for number in (0, 2, 3, 5, 6)]
     rows = quarantine_of(report)
@@ -326,8 +345,63 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield "s3://bucket"
 
 
-def test_s3_to_s3_is_the_same_as_folder_to_folder(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+@pytest.fixture(scope="module")
+def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An MLflow that tests on S3 share: making its database takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
+@pytest.mark.parametrize("format", ["jsonl", "pairs", "parquet"])
+def test_an_s3_that_fails_makes_no_bad_samples(
+    format: str, bucket: str, tracking_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
+    monkeypatch.setattr(storage, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(storage, "MAX_DELAY_S", 0.01)
+    source = f"{bucket}/faulty-{format}"
+    for number in range(6):
+        line = {"images": [f"{number}.png"], "messages": [{"role": "user", "content": "<image>?"}]}
+        line["messages"].append({"role": "assistant", "content": "!"})  # type: ignore[attr-defined]
+        storage.write_bytes_atomic(f"{source}/{number}.png", png(size=(40 + number, 40)))
+        storage.write_bytes_atomic(f"{source}/{number}.txt", b"a text")
+        storage.write_bytes_atomic(f"{source}/{number}.jsonl", json.dumps(line).encode())
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.table({"image": [png()] * 6, "text": ["a text"] * 6}), buffer)
+    storage.write_bytes_atomic(f"{source}/x.parquet", buffer.getvalue())
+    config = own(tmp_path / "s", format=format, input=source, samples_per_shard=100)
+    proxy = FaultyS3(int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2]), 0.3, faults=PASSING)
+    with faulty_s3(proxy), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+        report = pack(config)
+        assert (report.samples, report.outputs["quarantined"]) == (6, {})
+        assert proxy.num_faults > 1
+        patch.setattr(storage, "MAX_ATTEMPTS", 2)
+        proxy.share = 1.0
+        with pytest.raises(ResourceError, match=r"gave up after 2 attempts"):
+            pack(config)
+
+
+def test_an_outage_while_pictures_are_read_ends_the_job(
+    bucket: str, tracking_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
+    monkeypatch.setattr(storage, "MAX_ATTEMPTS", 1)
+    write_jsonl(tmp_path / "in", 4)
+    for path in (tmp_path / "in" / "images").iterdir():
+        storage.write_bytes_atomic(f"{bucket}/outage/images/{path.name}", path.read_bytes())
+    proxy = FaultyS3(int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2]), 1.0, faults=("503",))
+    with faulty_s3(proxy), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+        settings = {"input": str(tmp_path / "in"), "images": f"{bucket}/outage", "max_quarantine_fraction": 1}
+        with pytest.raises(ResourceError, match=r"cannot read s3://bucket/outage/images/0-.*start the job again"):
+            pack(own(tmp_path / "s", **settings))
+    assert pack(own(tmp_path / "s", **settings)).outputs["quarantined"] == {}
+
+
+def test_s3_to_s3_is_the_same_as_folder_to_folder(
+    bucket: str, tracking_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracking_uri)
     local = Path(write_jsonl(tmp_path / "in", 4))
     for path in local.rglob("*.*"):
         filesystem, base = storage.open_filesystem(f"{bucket}/in")

@@ -121,6 +121,26 @@ def test_malformed_lines_are_refused_one_by_one(tmp_path: Path, monkeypatch: pyt
     assert [record.where for record, _ in loaded] == [f"line {number}" for number in range(1, 8)]
 
 
+def test_a_file_that_cannot_be_read_ends_the_job_and_an_absent_one_is_a_bad_sample(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    absent = ["none.png", "a.png/b.png", f"{'x' * 300}.png", "\ud800.png"]
+    path = write_lines(tmp_path / "x.jsonl", [json.dumps({"images": [name], "messages": DRAWN}) for name in absent])
+    assert [(code, member) for _, code, member in refusals(read(JsonlSource(str(path), None)))] == [
+        ("member_missing", name) for name in absent
+    ]
+    (tmp_path / "bad.png").symlink_to("/proc/self/mem")  # exists, but its first byte gives EIO
+    write_lines(path, [{"images": ["bad.png"], "messages": DRAWN}])
+    with pytest.raises(InputError, match=r"cannot read .*/bad\.png: .*Input/output error.*start the job again"):
+        read(JsonlSource(str(path), None))
+
+
+def test_a_picture_larger_than_a_reader_takes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pack_sources, "MAX_MEMBER_BYTES", 1000)
+    (tmp_path / "a.png").write_bytes(bytes(1001))
+    path = write_lines(tmp_path / "x.jsonl", [{"images": ["a.png"], "messages": DRAWN}])
+    assert refusals(read(JsonlSource(str(path), None))) == [("x-00000001", "member_too_large", "a.png")]
+
+
 # ---- pictures with texts ----
 
 
