@@ -251,7 +251,7 @@ class Killer:
             killed = (
                 self.kill_in_write(kind, skip=self.random.randrange(6), drop=self.random.random() < 0.5)
                 if number % 3 != 2
-                else self._kill_any_time(kind)
+                else self.kill_any_time(kind, num_writes=self.random.randrange(1, 6))
             )
             if killed is None:
                 return
@@ -287,17 +287,21 @@ class Killer:
             hold.release(drop=drop)
             self.proxy.unhold()
 
-    def _kill_any_time(self, kind: str) -> Kill | None:
+    def kill_any_time(self, kind: str, *, num_writes: int) -> Kill | None:
+        """Kill soon after `num_writes` more writes. Gives None if the job ends before."""
         assert self.cluster is not None
         cluster = self.cluster
-        num_writes = len(self.proxy.writes) + self.random.randrange(1, 6)
-        if not self._wait(lambda: len(self.proxy.writes) >= num_writes and bool(cluster.encoders())):
-            return None
-        time.sleep(self.random.random())
-        pid = self.driver.pid if kind == "driver" else self.random.choice(cluster.encoders() or [0])
-        if pid:
-            self._kill(kind, pid)
-        return Kill(kind, "", time.monotonic() - self._started)
+        num_writes += len(self.proxy.writes)
+        while self._wait(lambda: len(self.proxy.writes) >= num_writes and bool(cluster.encoders())):
+            time.sleep(self.random.random())
+            encoders = cluster.encoders()
+            if self.driver.is_done():
+                break
+            if not encoders:
+                continue  # they have just gone: others come
+            self._kill(kind, self.driver.pid if kind == "driver" else self.random.choice(encoders))
+            return Kill(kind, "", time.monotonic() - self._started)
+        return None
 
     def _kill(self, kind: str, pid: int) -> None:
         if kind == "driver":
@@ -409,10 +413,7 @@ def environment_of(values: Mapping[str, str]) -> Iterator[None]:
 def run_chaos(report: Report, folder: Path, num_samples: int, num_kills: int, seed: int) -> None:
     """The whole experiment; what it finds goes into the report."""
     tars = make_tars(folder, num_samples)
-    input_uri, storage_uri = (
-        f"s3://{BUCKET}/tars",
-        f"s3://{BUCKET}/{folder.name}",
-    )  # a name of its own: so is its MLflow spool
+    input_uri, storage_uri = f"s3://{BUCKET}/tars", f"s3://{BUCKET}/{folder.name}"
     port = free_port()
     with contextlib.ExitStack() as stack:
         stack.enter_context(s3_server(folder, port, BUCKET))

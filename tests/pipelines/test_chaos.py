@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import pytest
 import ray
@@ -10,7 +13,7 @@ from servers import free_port, s3_server
 from test_shards import sample_members, tar_bytes
 from tiny_training import make_tiny_model
 
-from benchmarks.chaos_data import ROOT, Driver, Killer, Result, count_samples, s3_environment
+from benchmarks.chaos_data import ROOT, Driver, Killer, LocalCluster, Result, count_samples, s3_environment
 from benchmarks.faulty_s3 import FaultyS3, faulty_s3
 from pipelines import storage
 from pipelines.runtime import RayCluster
@@ -20,7 +23,7 @@ def test_a_killed_encoder_and_a_killed_driver_lose_nothing(
     tmp_path: Path, ray_cluster: RayCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     port = free_port()
-    storage_uri = f"s3://bucket/chaos-{port}"  # a name of its own: so is its MLflow spool
+    storage_uri = f"s3://bucket/chaos-{port}"
     proxy = FaultyS3(port, 0.1, seed=1, faults=("500", "503", "reset", "reset after", "cut", "cut unannounced"))
     with s3_server(tmp_path, port, "bucket"), faulty_s3(proxy):
         for name, value in s3_environment(port).items():
@@ -60,3 +63,29 @@ def test_a_killed_encoder_and_a_killed_driver_lose_nothing(
     assert chaos.samples == wanted.samples == count_samples(tars, "s3://bucket/tars")
     assert chaos.slices == wanted.slices
     assert chaos.manifest["digest"] == wanted.manifest["digest"]
+
+
+class _Encoders:
+    """Stands for a cluster whose encoders are between two lives when they are first looked for again."""
+
+    def __init__(self, pid: int) -> None:
+        self.answers = iter([[pid], [], [pid], [pid]])
+
+    def encoders(self) -> list[int]:
+        return next(self.answers)
+
+
+def test_a_kill_counts_only_if_something_was_killed(tmp_path: Path) -> None:
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    driver = Driver(sleep, os.environ, tmp_path / "log")
+    proxy = FaultyS3(0, 0.0)
+    with subprocess.Popen(sleep) as encoder:
+        killer = Killer(proxy, cast(LocalCluster, _Encoders(encoder.pid)), driver, seed=1)
+        driver.start()
+        try:
+            killed = killer.kill_any_time("encoder", num_writes=0)
+            assert killed is not None
+            assert encoder.wait() == -signal.SIGKILL
+        finally:
+            driver.close()
+            encoder.kill()
