@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nexusgen.losses import LossPart
 from pipelines import storage, tracking
+from pipelines.parallel import device_of
 from pipelines.sheets import Cell, draw_sheet
 from pipelines.stage_data import StageData, StageSource
 from pipelines.stages import AnyStage, StepRandom
@@ -44,13 +45,14 @@ class StepRecord:
 
 
 @contextlib.contextmanager
-def forward_precision(config: TrainConfig) -> Iterator[None]:
-    """Autocast, if asked for. Attention by plain matrix products: the backward of the CPU's fused bf16 kernel is slow
-    (a third of a whole step of the demo's sizes, measured with torch 2.13)."""
+def forward_precision(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """Autocast, if asked for. On a CPU, attention by plain matrix products: the backward of its fused bf16 kernel is
+    slow (a third of a whole step of the demo's sizes, measured with torch 2.13)."""
     if config.precision == "fp32":
         yield
         return
-    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+    kernel = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
+    with torch.autocast(device.type, torch.bfloat16), kernel:
         yield
 
 
@@ -62,9 +64,10 @@ def validate(stage: AnyStage, data: StageData, source: StageSource[Any, Any], co
         return {}
     parts: dict[str, list[LossPart]] = {name: [] for name in stage.weights}
     stage.module.eval()
+    device = device_of(stage.module)
     for start in range(0, len(held_out), VALIDATION_BATCH):
-        batch = stage.collate(held_out[start : start + VALIDATION_BATCH])
-        with forward_precision(config):
+        batch = stage.collate(held_out[start : start + VALIDATION_BATCH]).to(device)
+        with forward_precision(config, device):
             for name, part in stage.loss(batch, StepRandom(config.seed, -1)).items():  # type: ignore[arg-type]
                 parts[name].append(part)
     stage.module.train()
@@ -82,7 +85,7 @@ def draw_pictures(stage: AnyStage, data: StageData, source: StageSource[Any, Any
     pairs = stage.pictures(source.samples(rows[:NUM_PICTURES]))
     if not pairs:
         return None
-    return draw_sheet([Cell(pair, "") for pair in pairs], num_columns=4, title="target | decoded from its embedding")
+    return draw_sheet([Cell(pair, "") for pair in pairs], num_columns=4, title="target | drawn")
 
 
 class Follower:

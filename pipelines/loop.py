@@ -34,6 +34,7 @@ from pipelines.stages import STAGES, AnyStage, StepRandom, build_stage
 if TYPE_CHECKING:
     from pipelines.train import TrainConfig
 
+CPU = torch.device("cpu")
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 GUARD_WINDOW = 64  # steps whose gradients the guard compares a new one with
 GUARD_WARMUP = 16  # steps before it does
@@ -42,15 +43,18 @@ MAX_SHOWN_KEYS = 12
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the workers."""
+    """This process among the workers, and where it computes."""
 
     rank: int = 0
     world_size: int = 1
+    device: torch.device = CPU
 
     def sum_(self, tensor: Shaped[Tensor, "..."]) -> None:
         """Replace a tensor by its sum over all ranks."""
         if self.world_size > 1:
-            torch.distributed.all_reduce(tensor)
+            there = tensor.to(self.device)  # NCCL knows no other memory than a GPU's
+            torch.distributed.all_reduce(there)
+            tensor.copy_(there)
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
@@ -197,8 +201,8 @@ def _accumulate_gradients(stage: AnyStage, batch: Batch[Any], config: TrainConfi
     num_micro_batches = len(batch.micro_batches)
     for number, micro in enumerate(batch.micro_batches):
         set_last_backward(stage.module, number == num_micro_batches - 1)
-        with forward_precision(config):
-            parts = stage.loss(micro.content, random)
+        with forward_precision(config, ranks.device):
+            parts = stage.loss(micro.content.to(ranks.device), random)
         if config.normalisation == "global":
             divisors = counts
         else:
@@ -236,10 +240,11 @@ def run_training(config: TrainConfig, run_id: str, ranks: Ranks, run: tracking.R
     data, plan = open_training(config, manifest)
     torch.manual_seed(config.seed)
     stage = build_stage(config.stage, folder, config.levels, config.conditioning_dropout)
+    stage.to(ranks.device)
     if config.activation_checkpointing:
         recompute_activations(stage.module)
     if config.parallelism == "fsdp":
-        shard_module(stage.module, ranks.world_size, PRECISIONS[config.precision])
+        shard_module(stage.module, ranks.world_size, ranks.device, PRECISIONS[config.precision])
     optimizer = make_optimizer(stage.module, config)
     average = WeightAverage(stage.module, config.ema_decay) if config.ema_decay else None
     place = checkpoint.stage_folder(config.storage, config.name, config.stage)

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 from nexusgen.model.decoder import VisionDecoder
 
 
-def shard_module(module: nn.Module, world_size: int, precision: torch.dtype) -> None:
+def shard_module(module: nn.Module, world_size: int, device: torch.device, precision: torch.dtype) -> None:
     """Shard a module over all ranks in place, a block at a time; weights stay fp32, forwards are in `precision`.
 
     Gradients are summed, not averaged, in fp32: losses are already divided by the counts of the whole step.
     """
-    mesh = init_device_mesh("cpu", (world_size,))
+    mesh = init_device_mesh(device.type, (world_size,))
     policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=torch.float32)
     for block in _blocks(module):
         fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -56,6 +56,11 @@ def set_last_backward(module: nn.Module, is_last: bool) -> None:
     """Gradients of a sharded module are summed over the ranks with the last micro-batch alone."""
     if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(is_last)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes."""
+    return next(module.parameters()).device
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -119,6 +119,10 @@ class Stage(ABC, Generic[PreparedT, BatchT]):
     def loss(self, batch: BatchT, random: StepRandom) -> dict[str, LossPart]:
         """Every part of `weights`, as sum and count over the batch."""
 
+    def to(self, device: torch.device) -> None:
+        """Move what a loss computes with, in place."""
+        self.module.to(device)
+
     def baseline(self, train: Sequence[PreparedT], validation: Sequence[PreparedT]) -> dict[str, float]:
         """Losses of a prediction that needs no learning, to compare validation losses with."""
         del train, validation
@@ -228,6 +232,10 @@ class PictureBatch:
     latents: Float[Tensor, "batch channels height width"]
     reference: Float[Tensor, "batch reference_tokens embedding"] | None = None
 
+    def to(self, device: torch.device | str) -> PictureBatch:
+        reference = self.reference.to(device) if self.reference is not None else None
+        return PictureBatch(self.keys, self.embeddings.to(device), self.latents.to(device), reference)
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -268,6 +276,15 @@ class DecoderStage(Stage[PreparedPicture, PictureBatch]):
 
     def _load(self, folder: Path) -> Model:
         return load_model(folder, parts=self.parts)
+
+    def to(self, device: torch.device) -> None:
+        super().to(device)
+        model = self._model
+        assert model.autoencoder is not None
+        model.device, model.autoencoder = device, model.autoencoder.to(device)
+        for name in ("pooled_prompt", "negative_context"):
+            constant = getattr(model, name)
+            setattr(model, name, constant.to(device) if constant is not None else None)
 
     @classmethod
     def lengths(cls, columns: Mapping[str, pa.ChunkedArray]) -> Int[np.ndarray, " rows"]:
@@ -317,7 +334,7 @@ class DecoderStage(Stage[PreparedPicture, PictureBatch]):
         return flow_loss(prediction, velocity_target(batch.latents, draws.noise), draws.levels.weights)
 
     def pictures(self, samples: Sequence[PreparedPicture]) -> list[tuple[Image.Image, Image.Image]]:
-        batch = self.collate(samples)
+        batch = self.collate(samples).to(self._model.device)
         vae = self._model.autoencoder
         assert vae is not None
         targets = from_pixels(decode_latents(vae, batch.latents))
@@ -339,7 +356,7 @@ class DecoderStage(Stage[PreparedPicture, PictureBatch]):
         With dropout both passes are always made, if need be of the first sample as a stand-in whose velocity isn't
         used: ranks that share the weights of a sharded decoder must meet in each.
         """
-        timesteps, pooled = draws.levels.timesteps, self._model.pooled_prompt
+        timesteps, pooled = draws.levels.timesteps.to(noisy.device), self._model.pooled_prompt
         assert pooled is not None
         if not self._is_dropping:
             return self.module(noisy, timesteps, batch.embeddings, pooled, batch.reference)
@@ -381,7 +398,8 @@ class DecoderStage(Stage[PreparedPicture, PictureBatch]):
             torch.cat([level.timesteps for level in levels]),
             torch.cat([level.weights for level in levels]),
         )
-        return Draws(joined, torch.stack(noise), torch.cat(chances) < self._conditioning_dropout)
+        stacked = torch.stack(noise).to(batch.latents.device)
+        return Draws(joined, stacked, torch.cat(chances) < self._conditioning_dropout)
 
 
 class GenerationDecoderStage(DecoderStage):

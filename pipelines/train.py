@@ -73,6 +73,7 @@ class TrainConfig(Config):
     activation_checkpointing: bool = False  # compute activations again in the backward, for a third more arithmetic
     cpus_per_worker: float = Field(default=0.5, gt=0)  # logical, as Ray counts them
     threads_per_worker: int = Field(default=1, ge=1)
+    gpus_per_worker: Literal[0, 1] = 0
 
     validation_fraction: float = Field(default=0.02, ge=0, lt=1)  # of the samples, held out by a hash of their key
     validation_samples: int = Field(default=256, ge=0)  # at most so many are looked at
@@ -118,6 +119,7 @@ _FREE_KEYS = {
     "keep_checkpoints",
     "cpus_per_worker",
     "threads_per_worker",
+    "gpus_per_worker",
     "validation_samples",
     "checkpoint_every",
     "log_every",
@@ -240,14 +242,16 @@ def _fit(config: TrainConfig, run_id: str, place: str) -> None:
         _work,
         train_loop_config={"config": config.model_dump(mode="json"), "run_id": run_id},
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers, resources_per_worker={"CPU": config.cpus_per_worker}
+            num_workers=config.num_workers,
+            use_gpu=config.gpus_per_worker > 0,
+            resources_per_worker={"CPU": config.cpus_per_worker},
         ),
         run_config=RunConfig(
             name=f"{config.stage}-{uuid.uuid4().hex[:8]}",
             storage_path=scratch,
             failure_config=FailureConfig(max_failures=config.max_restarts),
         ),
-        torch_config=TorchConfig(backend="gloo"),
+        torch_config=TorchConfig(backend="nccl" if config.gpus_per_worker else "gloo"),
     )
     is_main_thread = threading.current_thread() is threading.main_thread()
     on_interrupt = signal.getsignal(signal.SIGINT)
@@ -273,10 +277,12 @@ def _fit(config: TrainConfig, run_id: str, place: str) -> None:
 def _work(job: Mapping[str, Any]) -> None:
     """The train function of one worker."""
     import ray.train
+    import ray.train.torch
 
     config = TrainConfig.model_validate(job["config"])
     context = ray.train.get_context()
-    ranks = Ranks(context.get_world_rank(), context.get_world_size())
+    device = ray.train.torch.get_device() if config.gpus_per_worker else torch.device("cpu")
+    ranks = Ranks(context.get_world_rank(), context.get_world_size(), device)
     torch.set_num_threads(config.threads_per_worker)
     if ranks.rank != 0:
         run_training(config, job["run_id"], ranks, None)

@@ -513,6 +513,7 @@ def test_make_base_keeps_what_is_there(nexusgen: Run, tmp_path: Path) -> None:
         ("embed_predicted", EmbedConfig),
         ("train_ar", TrainConfig),
         ("train_generation_decoder", TrainConfig),
+        ("train_editing_decoder", TrainConfig),
         ("register", RegisterConfig),
         ("evaluate", EvaluateConfig),
         ("serve", ServeConfig),
@@ -527,6 +528,17 @@ def test_shipped_configs_are_valid(file: str, config: type[Any]) -> None:
 def test_shipped_configs_of_the_full_size_embed_each_mode(mode: str) -> None:
     loaded = load_config(EmbedConfig, DEMO_CONFIGS.parent / "7b" / f"embed_{mode}.yaml")
     assert (loaded.mode, loaded.gpus_per_encoder, loaded.decode_threads) == (mode, 1, 8)
+
+
+@pytest.mark.parametrize("stage", ["ar", "generation_decoder", "editing_decoder"])
+def test_shipped_configs_of_the_full_size_train_each_stage(stage: str) -> None:
+    loaded = load_config(TrainConfig, DEMO_CONFIGS.parent / "7b" / f"train_{stage}.yaml")
+    assert (loaded.stage, loaded.gpus_per_worker, loaded.parallelism) == (stage, 1, "fsdp")
+    assert (
+        loaded.virtual_streams
+        == loaded.num_workers * loaded.accumulate
+        == loaded.batch_samples // (2 if stage == "ar" else 1)
+    )
 
 
 # --- errors -> exit codes ---------------------------------------------------------------------------------------------
