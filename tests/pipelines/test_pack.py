@@ -31,10 +31,7 @@ from pipelines.shards import ShardReader
 
 PASSING = ("500", "503", "reset", "cut", "cut unannounced")
 
-
-@pytest.fixture(autouse=True)
-def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+pytestmark = pytest.mark.usefixtures("no_server")
 
 
 def config(folder: Path, **values: object) -> PackConfig:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from servers import free_port, mlflow_server, s3_server
-from tiny_training import make_tiny_model
 
 from nexusgen.errors import ConfigError, FingerprintError, GateError, InputError, ModelError, UsageError
 from nexusgen.model.manifest import read_manifest
@@ -28,18 +27,9 @@ from pipelines.registry import (
 )
 from pipelines.storage import write_bytes_atomic
 
+pytestmark = pytest.mark.usefixtures("no_server")
 NAME = "shapes"
 TAR_DIGESTS = {"/data/a.tar": "a" * 64, "/data/b.tar": "b" * 64}
-
-
-@pytest.fixture(autouse=True)
-def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("base"))
 
 
 def train_by_hand(storage: str, base: Path, stage: str, inputs: list[checkpoint.DataInput], shift: float) -> str:
