@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 
-from jobs.command import Outcome, add_config_arguments, add_json_argument, main_of, read_config, report_outcome
+from jobs.command import (
+    Outcome,
+    add_config_arguments,
+    add_json_argument,
+    format_table,
+    main_of,
+    read_config,
+    report_outcome,
+)
 
 NAME = "train"
 HELP = "Train one stage on Ray Train workers."
@@ -18,10 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Outcome:
-    """Read the configuration and run the job."""
+    """Read the configuration and run the job, or tell what it would take (dry_run=true)."""
     from pipelines.train import TrainConfig, train
+    from pipelines.train_plan import plan_training
 
-    return report_outcome(train(read_config(TrainConfig, arguments)))
+    config = read_config(TrainConfig, arguments)
+    if config.dry_run:
+        plan = plan_training(config)
+        return Outcome(format_table([f"train {config.stage}", ""], plan.rows()), plan.to_json())
+    return report_outcome(train(config))
 
 
 if __name__ == "__main__":

@@ -128,13 +128,13 @@ def plan_memory(
 def weight_bytes(folder: Path, part: str, dtype: torch.dtype, quantise: Quantisation | None = None) -> int:
     """Bytes that a part's weights take when they are loaded, from the headers of its files. Raises: ModelError."""
     total = 0
-    for name, count in _tensor_sizes(folder, part):
+    for name, count in tensor_sizes(folder, part):
         is_small = quantise is not None and part in DECODER_FOLDERS and is_quantised(name)
         total += count * (QUANTISED_DTYPES[quantise] if quantise is not None and is_small else dtype).itemsize
     return total
 
 
-def _tensor_sizes(folder: Path, part: str) -> Iterator[tuple[str, int]]:
+def tensor_sizes(folder: Path, part: str) -> Iterator[tuple[str, int]]:
     """Names and numbers of numbers of a part's tensors; a decoder's as `VisionDecoder` names them."""
     if part in DECODER_FOLDERS:
         place = folder / DECODER_FOLDERS[part]

@@ -193,6 +193,10 @@ class Plan:
         """Tokens of these rows, padding not included."""
         return int(self._table.lengths[rows].sum())
 
+    def num_padded_tokens(self, rows: Rows) -> int:
+        """Tokens of a batch of these rows, each as long as the longest."""
+        return len(rows) * int(self._table.lengths[rows].max(initial=0))
+
     def _cut(self, rows: Rows) -> tuple[Rows, ...]:
         """Deal rows out by length, so that streams cost about the same."""
         by_length = rows[np.argsort(self._table.lengths[rows], kind="stable")]

@@ -80,6 +80,7 @@ class TrainConfig(Config):
     checkpoint_every: int = Field(default=500, ge=1)  # steps; the last step always has one
     keep_checkpoints: int = Field(default=2, ge=1)  # so many of the last, and the best on held-out samples
     log_every: int = Field(default=10, ge=1)  # steps
+    dry_run: bool = False  # tell what it takes, and start nothing
     fresh: bool = False  # start over even if a training of this name and stage can be resumed
 
     @model_validator(mode="after")
@@ -123,6 +124,7 @@ _FREE_KEYS = {
     "validation_samples",
     "checkpoint_every",
     "log_every",
+    "dry_run",
     "fresh",
 }
 

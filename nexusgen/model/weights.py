@@ -31,7 +31,15 @@ from nexusgen.images import image_processor
 from nexusgen.model.autoencoder import ImageAutoencoder, load_autoencoder
 from nexusgen.model.autoregressive import AutoregressiveModel
 from nexusgen.model.conditioners import MergerConfig
-from nexusgen.model.decoder import Quantisation, VisionDecoder, load_decoder, make_conditioner, save_decoder
+from nexusgen.model.decoder import (
+    DecoderConfig,
+    Quantisation,
+    VisionDecoder,
+    load_decoder,
+    make_conditioner,
+    read_decoder_config,
+    save_decoder,
+)
 from nexusgen.model.manifest import Manifest, Numerics, read_manifest
 from nexusgen.model.tensors import iterate_file, iterate_tensors, load_strictly, save_tensors
 from nexusgen.prompts import load_tokenizer
@@ -240,12 +248,7 @@ def start_editing_decoder(folder: Path) -> Model:
     model = load_model(folder, ("generation_decoder", "vae"))
     generation = model.generation_decoder
     assert generation is not None
-    text_config = read_autoregressive_config(folder / "autoregressive").text_config
-    assert isinstance(text_config, Qwen2_5_VLTextConfig)
-    merger = merger_like(text_config).model_copy(update={"reference_grid": manifest.geometry.reference_grid})
-    config = generation.config.model_copy(
-        update={"conditioner": "editing", "token_positions": "grid", "merger": merger}
-    )
+    config = editing_decoder_config(folder, manifest)
     with torch.device("meta"):
         transformer = FluxTransformer2DModel.from_config(generation.transformer.config)
         decoder = VisionDecoder(config, transformer, manifest.numerics)
@@ -260,6 +263,15 @@ def start_editing_decoder(folder: Path) -> Model:
     load_strictly(decoder, state, str(folder))
     model.parts, model.generation_decoder, model.editing_decoder = parts, None, decoder.eval()
     return model
+
+
+def editing_decoder_config(folder: Path, manifest: Manifest) -> DecoderConfig:
+    """The config of the editing decoder that starts from a folder's generation decoder. Raises: ModelError."""
+    text_config = read_autoregressive_config(folder / "autoregressive").text_config
+    assert isinstance(text_config, Qwen2_5_VLTextConfig)
+    merger = merger_like(text_config).model_copy(update={"reference_grid": manifest.geometry.reference_grid})
+    generation = read_decoder_config(folder / DECODER_FOLDERS["generation_decoder"])
+    return generation.model_copy(update={"conditioner": "editing", "token_positions": "grid", "merger": merger})
 
 
 def merger_like(text_config: Qwen2_5_VLTextConfig) -> MergerConfig:
