@@ -288,6 +288,7 @@ def job_run(
         run.set_tags({"mlflow.note.content": f"{type(error).__name__}: {error}"[:5000]})
         raise
     finally:
+        _deliver_leftovers(client, _spool_root(storage))  # of this job's workers that were killed
         outbox.put({"status": [status, _now_ms()]})
         outbox.close(CLOSE_PATIENCE_S)
 

@@ -210,3 +210,21 @@ def test_a_remote_storages_spool_is_one_users_own(monkeypatch: pytest.MonkeyPatc
     assert str(os.getuid()) in first.name.split("_")
     assert tracking._spool_root("s3://bucket/x/") == first
     assert tracking._spool_root("s3://bucket/y") != first
+
+
+def test_what_a_killed_worker_logged_arrives_with_the_end_of_its_job(tmp_path: Path) -> None:
+    """A worker attaches, logs, and dies before anything is delivered."""
+    storage = str(tmp_path)
+    worker = """
+import os, signal, sys
+from pipelines import tracking
+tracking._Outbox._work = lambda self: None  # its thread never delivers
+with tracking.attach(sys.argv[1], sys.argv[2]) as run:
+    run.log_metrics({"train/loss": 0.25}, step=7)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with tracking.job_run(storage, "shapes", "train", CONFIG, stage="ar") as run:
+        subprocess.run([sys.executable, "-c", worker, storage, run.run_id], check=False, timeout=120)
+        assert not client_of(storage).get_metric_history(run.run_id, "train/loss")
+    (metric,) = client_of(storage).get_metric_history(run.run_id, "train/loss")
+    assert (metric.step, metric.value) == (7, 0.25)
