@@ -26,7 +26,7 @@ from pipelines import checkpoint, tracking
 from pipelines.batches import Batch, Plan, iterate
 from pipelines.checkpoint import Meta
 from pipelines.follow import Follower, StepRecord, draw_pictures, forward_precision, validate
-from pipelines.parallel import local, recompute_activations, set_last_backward, shard_module, whole
+from pipelines.parallel import local, recompute_activations, resolve_precision, set_last_backward, shard_module, whole
 from pipelines.registry import resolve_model
 from pipelines.stage_data import StageData, StageSource, open_data
 from pipelines.stages import STAGES, AnyStage, StepRandom, build_stage
@@ -235,6 +235,7 @@ def run_training(config: TrainConfig, run_id: str, ranks: Ranks, run: tracking.R
 
     Raises: NexusgenError naming the samples if too many steps had to be skipped.
     """
+    config = config.model_copy(update={"precision": resolve_precision(config.precision, ranks.device.type == "cuda")})
     folder = resolve_model(config.model, config.storage)
     manifest = read_manifest(folder)
     data, plan = open_training(config, manifest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from diffusers import ModelMixin
@@ -13,6 +14,16 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from nexusgen.model.decoder import VisionDecoder
+
+
+def resolve_precision(precision: Literal["auto", "bf16", "fp32"], on_gpu: bool) -> Literal["bf16", "fp32"]:
+    """`auto` is bf16 on a GPU and on a CPU that multiplies it in hardware (AVX-512 and later), else fp32.
+
+    On a CPU with AVX2 alone a step of the demo takes 1.5 s in bf16 and 0.2 s in fp32.
+    """
+    if precision != "auto":
+        return precision
+    return "bf16" if on_gpu or torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 
 
 def shard_module(module: nn.Module, world_size: int, device: torch.device, precision: torch.dtype) -> None:

@@ -27,6 +27,7 @@ from pipelines import checkpoint, storage, tracking
 from pipelines.batches import BatchRule, Plan, check_world_size
 from pipelines.checkpoint import Checkpoint
 from pipelines.loop import Ranks, open_training, run_training
+from pipelines.parallel import resolve_precision
 from pipelines.registry import pin_model, resolve_model
 from pipelines.runtime import CpuMeter, JobReport, ray_cluster
 from pipelines.stages import STAGES, StageName
@@ -55,7 +56,8 @@ class TrainConfig(Config):
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = Field(default=0.01, ge=0)  # on matrices only
     gradient_clip: float = Field(default=1.0, gt=0)
-    precision: Literal["bf16", "fp32"] = "bf16"  # of the forward; weights and optimizer are always fp32
+    # Of the forward; weights and optimizer are always fp32. auto: bf16 where the driver's hardware is fast in it.
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     normalisation: Literal["global", "per_rank"] = "global"  # per_rank: as the released model was trained
     levels: LevelDensity = "logit_normal"  # noise levels of a decoder stage
     conditioning_dropout: float = Field(
@@ -142,7 +144,9 @@ def train(config: TrainConfig, parent_run_id: str | None = None) -> JobReport:
     """
     with CpuMeter() as meter:
         model = pin_model(config.model, config.storage)
-        config = config.model_copy(update={"storage": storage.absolute(config.storage), "model": model})
+        precision = resolve_precision(config.precision, config.gpus_per_worker > 0)
+        settled = {"storage": storage.absolute(config.storage), "model": model, "precision": precision}
+        config = config.model_copy(update=settled)
         folder = resolve_model(config.model, config.storage)
         manifest = read_manifest(folder)
         _check_parts(config, manifest)

@@ -20,6 +20,7 @@ from nexusgen.model.decoder import make_conditioner
 from nexusgen.model.manifest import Manifest, read_manifest
 from nexusgen.model.weights import DECODER_FOLDERS, editing_decoder_config, read_autoregressive_config
 from pipelines.loop import open_training
+from pipelines.parallel import resolve_precision
 from pipelines.registry import pin_model, resolve_model
 from pipelines.stages import STAGES
 
@@ -94,7 +95,8 @@ def plan_training(config: TrainConfig) -> TrainingPlan:
 
     sharing = config.num_workers if config.parallelism == "fsdp" else 1
     state = FP32_BYTES * parameters // sharing
-    forward_bytes = BF16_BYTES if config.precision == "bf16" else FP32_BYTES
+    precision = resolve_precision(config.precision, config.gpus_per_worker > 0)
+    forward_bytes = BF16_BYTES if precision == "bf16" else FP32_BYTES
     of_layer = ACTIVATION_BYTES * largest * hidden * forward_bytes // BF16_BYTES
     kept = num_layers * largest * hidden * forward_bytes + of_layer
     memory = {"weights": state, "gradients": state, "optimizer": 2 * state}

@@ -23,6 +23,7 @@ from nexusgen.errors import NexusgenError
 from pipelines import checkpoint
 from pipelines.follow import StepRecord
 from pipelines.loop import GUARD_WARMUP, Ranks, SpikeGuard, WeightAverage, run_training
+from pipelines.parallel import resolve_precision
 from pipelines.stages import STAGES
 from pipelines.train import TrainConfig
 
@@ -213,3 +214,10 @@ def test_averaged_weights_follow_the_weights_and_are_what_is_published(
     ours, theirs = weights_of(averaged, tmp_path), weights_of(plain, tmp_path)
     assert ours.keys() == theirs.keys()
     assert any(not torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_precision_follows_the_hardware_unless_it_is_set() -> None:
+    assert resolve_precision("auto", on_gpu=True) == "bf16"
+    is_fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert resolve_precision("auto", on_gpu=False) == ("bf16" if is_fast else "fp32")
+    assert [resolve_precision(wanted, on_gpu=False) for wanted in ("bf16", "fp32")] == ["bf16", "fp32"]
