@@ -8,9 +8,9 @@
 
 Each side runs in a process of its own and computes on one thread per process. Its speed is that of its steady state: of
 (a) and (d) between the files that the actors write, without the first and the last of each, so that neither start nor
-end counts. Sides take turns; figures are medians of rounds, ratios the medians of each round's ratio. Peak memory is
-the sum of proportional set sizes of the process and all that it started: driver, workers, Ray's daemons, object store.
-At the end the rows are read back into training batches.
+end counts. Sides take turns; figures are medians of rounds, ratios the medians of each round's ratio. Peak memory,
+taken in a run of its own, is the sum of proportional set sizes of the process and all that it started: driver, workers,
+Ray's daemons, object store. At the end the rows are read back into training batches.
 
     python benchmarks/embed.py [--quick] [--json]
 """
@@ -49,7 +49,7 @@ WIDTH, DEPTH = 128, 12  # of the vision tower: some tens of milliseconds an imag
 BATCH_IMAGES = 6
 BATCH_PATCHES = 2048  # embed's default, which hold as many
 NUM_ACTORS = 2
-SAMPLES_PER_SHARD = 8 * BATCH_IMAGES
+SAMPLES_PER_SHARD = 21 * BATCH_IMAGES
 
 
 def load_encoder(model: Path) -> VisionEncoder:
@@ -135,11 +135,16 @@ def stock_ray(model: Path, shards: list[Path], folder: Path) -> float:
 
 
 def steady_rate(folder: Path) -> float:
-    """Images per second between the Parquet files of a folder, the first and the last of each actor left out."""
+    """Images per second by the Parquet files of a folder, the first and the last of each actor left out.
+
+    It is the slope of a line through the number of rows over time: whether actors write at the same moment or in turn
+    makes no difference to it.
+    """
     files = sorted((path.stat().st_mtime_ns, path) for path in folder.glob("*.parquet"))
-    kept = files[NUM_ACTORS - 1 : len(files) - NUM_ACTORS]
-    rows = sum(pq.read_metadata(path).num_rows for _, path in kept[1:])  # of what was written after the first
-    return rows / ((kept[-1][0] - kept[0][0]) / 1e9)
+    rows = np.cumsum([pq.read_metadata(path).num_rows for _, path in files])
+    seconds = np.array([time_ns - files[0][0] for time_ns, _ in files]) / 1e9
+    kept = slice(NUM_ACTORS - 1, len(files) - NUM_ACTORS)
+    return float(np.polyfit(seconds[kept], rows[kept], 1)[0])
 
 
 def samples_of(shard: Path) -> list[Sample]:
@@ -171,22 +176,33 @@ SIDES: Mapping[str, tuple[str, Callable[[Path, list[Path], Path], float]]] = {
 }
 
 
-def run_side(side: str, model: Path, tars: Path, num_shards: int, out: Path) -> tuple[float, int]:
-    """Images per second and peak bytes of a side in a process of its own."""
-    command = [sys.executable, __file__, "--side", side, str(model), str(tars), str(num_shards), str(out)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    with PeakMemory(process.pid) as memory:
+def run_side(side: str, model: Path, tars: Path, num_shards: int, out: Path) -> float:
+    """Images per second of a side in a process of its own."""
+    with start_side(side, model, tars, num_shards, out) as process:
         printed, _ = process.communicate()
     if process.returncode:
         raise SystemExit(f"side ({side}) ended with exit code {process.returncode}")
-    return float(printed.splitlines()[-1]), memory.peak_bytes
+    return float(printed.splitlines()[-1])
+
+
+def peak_of(side: str, model: Path, tars: Path, num_shards: int, out: Path) -> int:
+    """Peak bytes of a side, in a run of its own: reading the pages of fifteen processes would slow it down."""
+    with start_side(side, model, tars, num_shards, out) as process, PeakMemory(process.pid) as memory:
+        process.communicate()
+    return memory.peak_bytes
+
+
+def start_side(side: str, model: Path, tars: Path, num_shards: int, out: Path) -> subprocess.Popen[str]:
+    """A process that runs one side."""
+    command = [sys.executable, __file__, "--side", side, str(model), str(tars), str(num_shards), str(out)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def run_loops_at_once(model: Path, tars: Path, num_shards: int, out: Path) -> float:
     """Images per second of each of NUM_ACTORS bare loops that run at the same time."""
     with ThreadPoolExecutor(NUM_ACTORS) as pool:
         results = list(pool.map(lambda _: run_side("b", model, tars, num_shards, out), range(NUM_ACTORS)))
-    return statistics.mean(rate for rate, _ in results)
+    return statistics.mean(results)
 
 
 def measure(report: Report, rounds: int, num_shards: int) -> None:
@@ -199,19 +215,17 @@ def measure(report: Report, rounds: int, num_shards: int) -> None:
             write_shard(folder / "tars" / f"{number:03d}.tar", SAMPLES_PER_SHARD, number)
         rates: dict[str, list[float]] = {side: [] for side in SIDES}
         at_once: list[float] = []
-        peaks = dict.fromkeys(SIDES, 0)
         for turn in range(rounds):
             for side in SIDES:
                 shards = num_shards if side in "ad" else max(1, num_shards // 4)
-                rate, peak = run_side(side, model, folder / "tars", shards, folder / f"{side}-{turn}")
-                rates[side].append(rate)
-                peaks[side] = max(peaks[side], peak)
-                print(f"round {turn + 1}, ({side}): {rate:.1f} images/s", file=sys.stderr)
+                rates[side].append(run_side(side, model, folder / "tars", shards, folder / f"{side}-{turn}"))
+                print(f"round {turn + 1}, ({side}): {rates[side][-1]:.1f} images/s", file=sys.stderr)
             at_once.append(run_loops_at_once(model, folder / "tars", max(1, num_shards // 4), folder))
             print(f"round {turn + 1}, two loops at once: {at_once[-1]:.1f} images/s each", file=sys.stderr)
         for side, (label, _) in SIDES.items():
             report.tell(f"({side}) {label}, images/s", statistics.median(rates[side]))
-            report.tell(f"({side}) {label}, peak memory in GB", peaks[side] / 1e9)
+            peak = peak_of(side, model, folder / "tars", num_shards if side in "ad" else 1, folder / f"{side}-memory")
+            report.tell(f"({side}) {label}, peak memory in GB", peak / 1e9)
         busy = min(NUM_ACTORS, os.cpu_count() or 1)
 
         def ratio(others: list[float]) -> float:
@@ -243,7 +257,7 @@ def main() -> int:
         print(SIDES[side][1](Path(model), shards, Path(out)))
         return 0
     report = Report()
-    measure(report, rounds=1 if arguments.quick else 3, num_shards=10 if arguments.quick else 24)
+    measure(report, rounds=1 if arguments.quick else 3, num_shards=10 if arguments.quick else 20)
     return report.finish(arguments.json)
 
 

@@ -53,7 +53,7 @@ def compute_dtype(config: EmbedConfig) -> str:
 
 
 class SliceEncoder:
-    """Ray Data stage: pickled slices in, their manifest entries out; the model is loaded once per actor."""
+    """Ray Data stage: slices and ends of shards in, pickled, their entries out; the model is loaded once per actor."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -61,13 +61,13 @@ class SliceEncoder:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         entries = []
-        for data in batch.column("item").to_pylist():
-            item = pickle.loads(data)  # our own reader's bytes, never the shard's
-            try:
-                entry = self._encode(item) if isinstance(item, Slice) else item
-            except NexusgenError as error:
-                entry = failure(error)
-            entries.append(json.dumps(entry))
+        for data in batch.column("items").to_pylist():
+            for item in pickle.loads(data):  # our own reader's bytes, never the shard's
+                try:
+                    entry = self._encode(item) if isinstance(item, Slice) else item
+                except NexusgenError as error:
+                    entry = failure(error)
+                entries.append(json.dumps(entry))
         return pa.table({"entry": pa.array(entries, pa.string())})
 
     def _encode(self, item: Slice) -> dict[str, Any]:

@@ -83,8 +83,11 @@ def shard_stat(shard: str) -> list[int]:
     return [found.size, found.mtime_ns]
 
 
-def read_slices(shard: str, rules: SliceRules) -> Iterator[Slice | dict[str, Any]]:
-    """A shard as slices, then a mapping that says how it ended."""
+def read_slices(shard: str, rules: SliceRules) -> Iterator[tuple[Slice | dict[str, Any], ...]]:
+    """A shard's slices, one by one; beside the last one, or alone if there is none, a mapping that says how it ended.
+
+    The two come together because an actor that gets the end as work of its own would soon wait for Ray to hand it more.
+    """
     reader = ShardReader(shard, ReadOptions(pairs_as=rules.pairs_as))
     samples: list[Sample] = []
     rejected: list[QuarantineRow] = []
@@ -95,25 +98,24 @@ def read_slices(shard: str, rules: SliceRules) -> Iterator[Slice | dict[str, Any
         size = _num_bytes(item)
         num_items = len(samples) + len(rejected)
         if num_items and (num_items >= rules.max_samples or num_bytes + size > rules.max_bytes):
-            yield Slice(shard, index, tuple(samples), tuple(rejected))
+            yield (Slice(shard, index, tuple(samples), tuple(rejected)),)
             samples, rejected, num_bytes, index = [], [], 0, index + 1
         if isinstance(item, QuarantineRow):
             rejected.append(item)
         else:
             samples.append(item)
         num_bytes += size
-    if samples or rejected:
-        yield Slice(shard, index, tuple(samples), tuple(rejected))
-        index += 1
-    yield {
+    last = (Slice(shard, index, tuple(samples), tuple(rejected)),) if samples or rejected else ()
+    end = {
         "kind": "shard",
         "shard": shard,
         "digest": reader.digest,
         "num_bytes": reader.num_bytes,
         "num_ignored": reader.num_ignored,
         "stat": before,
-        "num_slices": index,
+        "num_slices": index + len(last),
     }
+    yield (*last, end)
 
 
 def _num_bytes(item: Sample | QuarantineRow) -> int:
@@ -125,13 +127,13 @@ def _num_bytes(item: Sample | QuarantineRow) -> int:
 
 
 def read_shards(batch: pa.Table, rules: SliceRules) -> Iterator[pa.Table]:
-    """Ray Data stage: names of shards in, pickled slices and ends of shards out, one row each."""
+    """Ray Data stage: names of shards in, pickled slices and ends of shards out, a row for each piece of work."""
     for shard in batch.column("shard").to_pylist():
         try:
-            for item in read_slices(shard, rules):
-                yield _packed(item)
+            for items in read_slices(shard, rules):
+                yield _packed(items)
         except NexusgenError as error:
-            yield _packed(failure(error))
+            yield _packed((failure(error),))
 
 
 def failure(error: NexusgenError) -> dict[str, Any]:
@@ -139,5 +141,5 @@ def failure(error: NexusgenError) -> dict[str, Any]:
     return {"kind": "failure", "error": type(error).__name__, "message": str(error)}
 
 
-def _packed(item: Slice | dict[str, Any]) -> pa.Table:
-    return pa.table({"item": pa.array([pickle.dumps(item)], pa.large_binary())})
+def _packed(items: tuple[Slice | dict[str, Any], ...]) -> pa.Table:
+    return pa.table({"items": pa.array([pickle.dumps(items)], pa.large_binary())})

@@ -12,16 +12,24 @@ from pipelines.slices import Slice, SliceRules, check_names, read_slices
 def test_slices_are_cut_by_samples_and_by_bytes(tmp_path: Path) -> None:
     write_tars(tmp_path)
     shard = f"{tmp_path}/tars/b.tar"
-    sizes = [len(item.samples) for item in read_slices(shard, SliceRules(max_samples=2)) if not isinstance(item, dict)]
-    assert sizes == [2, 1]
-    *slices, end = read_slices(shard, SliceRules(max_bytes=1))
-    assert [len(item.samples) for item in slices if not isinstance(item, dict)] == [1, 1, 1]
+    assert [len(item.samples) for item in slices_of(shard, SliceRules(max_samples=2))] == [2, 1]
+    assert [len(item.samples) for item in slices_of(shard, SliceRules(max_bytes=1))] == [1, 1, 1]
+
+
+def test_a_shards_end_comes_with_its_last_slice_or_alone(tmp_path: Path) -> None:
+    write_tars(tmp_path)
+    first, (last, end) = read_slices(f"{tmp_path}/tars/b.tar", SliceRules(max_samples=2))
+    assert [isinstance(item, Slice) for item in (*first, last)] == [True, True]
     assert isinstance(end, dict)
-    assert (end["num_slices"], len(end["digest"])) == (3, 64)
+    assert (end["num_slices"], len(end["digest"])) == (2, 64)
+    (tmp_path / "empty.tar").write_bytes(tar_bytes([]))
+    ((end,),) = read_slices(f"{tmp_path}/empty.tar", SliceRules())
+    assert isinstance(end, dict)
+    assert end["num_slices"] == 0
 
 
-def slices_of(shard: Path, rules: SliceRules) -> list[Slice]:
-    return [item for item in read_slices(str(shard), rules) if isinstance(item, Slice)]
+def slices_of(shard: str | Path, rules: SliceRules) -> list[Slice]:
+    return [item for items in read_slices(str(shard), rules) for item in items if isinstance(item, Slice)]
 
 
 def test_bad_samples_and_texts_fill_a_slice_too(tmp_path: Path) -> None:

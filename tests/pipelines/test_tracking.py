@@ -171,17 +171,23 @@ def test_job_outlives_its_server_and_delivers_later(
         impatient.setattr(tracking, "CLOSE_PATIENCE_S", 0.5)
         with tracking.attach(store, run.run_id) as rank_zero:
             rank_zero.log_metrics({"train/ce": 0.25}, 7)  # can't arrive before this process part ends
-    assert "wait in" in caplog.text
+        assert "wait in" in caplog.text
     with mlflow_server(tmp_path, port):
         job.__exit__(None, None, None)
         client = client_of(store)
         assert [m.step for m in client.get_metric_history(run.run_id, "train/loss")] == list(range(200))
         assert client.get_run(run.run_id).info.status == "FINISHED"
         assert {item.path for item in client.list_artifacts(run.run_id)} == {"config.yaml", "late.txt"}
-        assert "train/ce" not in client.get_run(run.run_id).data.metrics
+        assert client.get_run(run.run_id).data.metrics["train/ce"] == 0.25
+    with monkeypatch.context() as impatient:
+        impatient.setattr(tracking, "CLOSE_PATIENCE_S", 0.5)
+        with tracking.attach(store, run.run_id) as late:
+            late.log_metrics({"train/mse": 0.5}, 8)  # its job has ended: nobody is left to send it
+    with mlflow_server(tmp_path, port):
+        assert "train/mse" not in client.get_run(run.run_id).data.metrics
         with tracking.job_run(store, "shapes", "evaluate", CONFIG):
             pass  # the next job on this storage delivers what waited
-        assert client.get_run(run.run_id).data.metrics["train/ce"] == 0.25
+        assert client.get_run(run.run_id).data.metrics["train/mse"] == 0.5
     (spool,) = (tmp_path / "storage").glob("mlflow_spool*")
     assert not list(spool.iterdir())
 
