@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 from report import Report
+from torch import nn
 from transformers import Qwen2_5_VLConfig
 
 from nexusgen.geometry import Geometry
@@ -111,7 +112,11 @@ def medians(sides: Mapping[str, Callable[[], object]], rounds: int, on_gpu: bool
 
 
 def measure(model: AutoregressiveModel, batch: int, rounds: int, on_gpu: bool) -> dict[str, float]:
-    """Seconds of reading the prompt alone, and with an image in one pass, token by token, and by stock `generate`."""
+    """Seconds of reading the prompt alone, and with an image in one pass, token by token, and by stock `generate`.
+
+    `products` are those of the layers' weights with as many vectors as an image has, and nothing else: no pass over all
+    positions at once can be cheaper.
+    """
     prompts = [make_prompt(model)] * batch
     num_tokens = model.geometry.num_target_tokens + 1  # with vision_end
     device = model.vision_head.weight.device
@@ -138,8 +143,17 @@ def measure(model: AutoregressiveModel, batch: int, rounds: int, on_gpu: bool) -
             max_new_tokens=steps,
         )
 
+    weights = [module.weight for module in model.qwen.model.language_model.modules() if isinstance(module, nn.Linear)]
+    rows = {size: torch.ones(batch * num_tokens, size).to(weights[0]) for size in {w.shape[1] for w in weights}}
+
+    @torch.no_grad()
+    def products() -> None:
+        for weight in weights:
+            nn.functional.linear(rows[weight.shape[1]], weight)
+
     sides = {
         "read": read,
+        "products": products,
         "one pass": image(ImageMode.ONE_PASS),
         "sequential": image(ImageMode.SEQUENTIAL),
         "stock": stock,
@@ -170,6 +184,7 @@ def main() -> int:
         alone = alone or sequential
         report.tell(f"{name}: one pass, ms per image", 1000 * one_pass / batch)
         report.tell(f"{name}: one pass, images/s", batch / one_pass)
+        report.tell(f"{name}: matrix products of one pass alone, ms per image", 1000 * cost["products"] / batch)
         report.tell(f"{name}: sequential, ms per image", 1000 * sequential / batch)
         report.tell(f"{name}: sequential, image tokens/s", batch * model.geometry.num_target_tokens / sequential)
         report.tell(f"{name}: sequential in the same batch over one pass, per image", sequential / one_pass)
@@ -179,6 +194,7 @@ def main() -> int:
             report.tell(f"{name}: sequential one by one over one pass, per image", per_image)
         else:
             report.at_least(f"{name}: sequential one by one over one pass, per image", per_image, ratio)
+        report.tell(f"{name}: sequential one by one over those products, per image", batch * alone / cost["products"])
         # stock generate feeds the whole prompt and then steps - 1 tokens.
         per_step, stock_step = sequential / steps, (cost["stock"] - cost["read"]) / (steps - 1)
         if arguments.quick:
