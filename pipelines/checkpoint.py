@@ -12,7 +12,8 @@ STORAGE/checkpoints/NAME/STAGE/
         meta.json          Meta, below; written when all the rest is there
         .rank-*            on object storage, while it is written: that rank's part is there
 
-The tensors are named model.NAME, optimizer.NAME.SLOT and ema.NAME, with NAME the module's own. Nothing else needs to be
+The tensors are named model.NAME, optimizer.NAME.SLOT and ema.NAME, with NAME the module's own. Frozen weights aren't
+among them: they are those of the base, whose fingerprint is in meta.json. Nothing else needs to be
 stored: training draws its random numbers from (seed, step, sample), and an optimizer's learning rate, betas and decay
 come from the configuration, which a resumed training shares.
 """
@@ -284,6 +285,7 @@ def load(checkpoint: Checkpoint, module: nn.Module, optimizer: Optimizer) -> dic
 def export_weights(checkpoint: Checkpoint, path: Path) -> None:
     """Write the trained module's tensors, averaged ones where there are any, into one safetensors file, fp32.
 
+    With LoRA these are adapters, and what was trained in full; `lora.merge_file` makes weights of them.
     Needs no module and no other ranks. Raises: ModelError if files are missing or damaged; ResourceError.
     """
     import torch
@@ -304,10 +306,15 @@ def export_weights(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def _state_of(module: nn.Module, optimizer: Optimizer) -> dict[str, Shaped[Tensor, ...]]:
-    """The very tensors of a module and its optimizer by name; a fresh optimizer's are made first."""
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+    """The very tensors of a module that aren't frozen, and its optimizer's; a fresh optimizer's are made first."""
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        get_optimizer_state_dict,
+    )
 
-    state: dict[str, Any] = {f"model.{name}": tensor for name, tensor in get_model_state_dict(module).items()}
+    weights = get_model_state_dict(module, options=StateDictOptions(ignore_frozen_params=True))
+    state: dict[str, Any] = {f"model.{name}": tensor for name, tensor in weights.items()}
     slots: Mapping[str, Any] = get_optimizer_state_dict(module, optimizer)["state"]  # type: ignore[assignment]
     return state | {f"optimizer.{name}.{slot}": tensor for name, of in slots.items() for slot, tensor in of.items()}
 

@@ -4,6 +4,10 @@ A version of the registered model `nexusgen` is a reference: its source is the f
 tags say what it was made of. With a local storage folder and a tracking *server*, which refuses such a reference, the
 folder is stored a second time as artefacts of the register run.
 
+What was trained with LoRA is merged into the base's weights. With `adapter: keep` the folder holds the adapter, and the
+name and fingerprint of its base, in place of all the weights that it shares with the base. It has the name and manifest
+of the merged model; `resolve_model` checks the base and makes that model of both, once per machine.
+
 | tag of a version | value |
 |---|---|
 | nexusgen.fingerprint | of the model folder's weights |
@@ -24,6 +28,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -37,6 +42,7 @@ from nexusgen.model.manifest import Manifest, demo_base, read_manifest
 from nexusgen.schema import MANIFEST_NAME
 from pipelines import checkpoint, storage, tracking
 from pipelines.checkpoint import Checkpoint
+from pipelines.lora import ADAPTER_FILE, ADAPTER_RECORD, AdapterRecord, LoraConfig, merge_file
 from pipelines.runtime import CpuMeter, JobReport
 
 if TYPE_CHECKING:
@@ -75,6 +81,7 @@ class RegisterConfig(Config):
     ar: str | None = "latest"  # a checkpoint's URI, `latest` of this project, or null: the base's own weights
     generation_decoder: str | None = "latest"
     editing_decoder: str | None = None  # learned from the predictions of the base's language model: then ar is null
+    adapter: Literal["merge", "keep"] = "merge"  # of a LoRA training: into the weights, or beside its base's name
 
 
 class PromoteConfig(Config):
@@ -102,7 +109,9 @@ def register(config: RegisterConfig, parent_run_id: str | None = None) -> JobRep
         base_fingerprint = base_manifest.fingerprint
         for found in trained.values():
             _check_base(found, base_fingerprint, config.model)
-        recipe = _hash([base_fingerprint, *[_identity(found) for found in trained.values()]])
+        _check_adapter(config, trained)
+        kept = ["adapter"] if config.adapter == "keep" else []
+        recipe = _hash([base_fingerprint, *[_identity(found) for found in trained.values()], *kept])
         client = tracking.connect(config.storage)
         version = _find_version(client, TAG_RECIPE, recipe)
         if version is not None and storage.exists(storage.join(_model_uri(config.storage, version), MANIFEST_NAME)):
@@ -163,8 +172,10 @@ def promote(config: PromoteConfig, parent_run_id: str | None = None) -> JobRepor
 def resolve_model(spec: str, storage_uri: str | None = None) -> Path:
     """The local folder of a model named `demo-base`, by a folder, an s3:// URI, or models:/NAME@ALIAS | NAME/VERSION.
 
-    `storage_uri` says which registry is meant, unless MLFLOW_TRACKING_URI does.
-    Raises: InputError if there is nothing of that name; ModelError if it isn't a model folder; ConfigError.
+    `storage_uri` says which registry is meant, unless MLFLOW_TRACKING_URI does. Of a folder that holds an adapter it is
+    the model that adapter and base make.
+    Raises: InputError if there is nothing of that name; ModelError if it isn't a model folder; ConfigError;
+    FingerprintError if an adapter's base has changed.
     """
     if spec == DEMO_BASE:
         folder = demo_base()
@@ -182,7 +193,7 @@ def resolve_model(spec: str, storage_uri: str | None = None) -> Path:
                 f"models:/{MODEL_NAME}@champion or models:/{MODEL_NAME}/VERSION"
             )
     read_manifest(folder)
-    return folder
+    return _with_base(folder, storage_uri) if (folder / ADAPTER_RECORD).is_file() else folder
 
 
 def pin_model(spec: str, storage_uri: str | None = None) -> str:
@@ -283,6 +294,18 @@ def _check_base(found: Checkpoint, base_fingerprint: str, model: str) -> None:
         )
 
 
+def _lora_of(found: Checkpoint) -> LoraConfig | None:
+    """The adapters that a checkpoint holds; None if it holds whole weights."""
+    settings = found.meta.config.get("lora")
+    return LoraConfig.model_validate(settings) if settings is not None else None
+
+
+def _check_adapter(config: RegisterConfig, trained: Mapping[str, Checkpoint]) -> None:
+    if config.adapter == "keep" and ("ar" not in trained or _lora_of(trained["ar"]) is None):
+        found = f"{trained['ar'].uri} was trained in full" if "ar" in trained else "ar is null"
+        raise ConfigError(f"register: adapter=keep wants a checkpoint of stage ar with lora, but {found}: leave it out")
+
+
 def _lineage(config: RegisterConfig, base: Manifest, trained: dict[str, Checkpoint]) -> dict[str, Any]:
     """What the model is made of; stages whose weights stay the base's are where the base says."""
     stages = {
@@ -291,6 +314,7 @@ def _lineage(config: RegisterConfig, base: Manifest, trained: dict[str, Checkpoi
             "step": found.meta.step,
             "run_id": found.meta.run_id,
             "inputs": [data.model_dump() for data in found.meta.inputs],
+            **({"lora": found.meta.config["lora"]} if _lora_of(found) is not None else {}),
         }
         for stage, found in trained.items()
     }
@@ -310,6 +334,10 @@ def _publish(config: RegisterConfig, base: Path, trained: dict[str, Checkpoint],
         weights = {stage: Path(scratch) / f"{stage}.safetensors" for stage in trained}
         for stage, found in trained.items():
             checkpoint.export_weights(found, weights[stage])
+        lora = _lora_of(trained["ar"]) if "ar" in trained else None
+        if lora is not None:
+            adapter, weights["ar"] = weights["ar"], Path(scratch) / "merged.safetensors"
+            merge_file(base, adapter, weights["ar"], lora)
         out = Path(scratch) / "model"
         from nexusgen.model.weights import assemble_model  # torch, which no other command of the registry needs
 
@@ -321,6 +349,10 @@ def _publish(config: RegisterConfig, base: Path, trained: dict[str, Checkpoint],
             editing_decoder=weights.get("editing_decoder"),
             lineage=lineage,
         )
+        if lora is not None and config.adapter == "keep":
+            name = pin_model(config.model, config.storage)
+            record = AdapterRecord(base=name, base_fingerprint=lineage["base_fingerprint"], lora=lora)
+            _keep_adapter(out, base, adapter, record)
         (out / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         run = {"run_id": lineage["register_run_id"], "inputs": [{"uri": found.uri} for found in trained.values()]}
         (out / "run.json").write_text(json.dumps(run, indent=2), encoding="utf-8")
@@ -332,6 +364,70 @@ def _publish(config: RegisterConfig, base: Path, trained: dict[str, Checkpoint],
         else:
             storage.upload_folder(out, target)
     return manifest.fingerprint
+
+
+def _keep_adapter(out: Path, base: Path, adapter: Path, record: AdapterRecord) -> None:
+    """In an assembled model folder put the adapter in the place of what it and the base make. The manifest stays."""
+    from nexusgen.model.weights import DECODER_FOLDERS
+
+    for path in (out / "autoregressive").glob("model*.safetensors*"):
+        path.unlink()
+    ours, theirs = read_manifest(out).fingerprints, read_manifest(base).fingerprints
+    for part, place in {**DECODER_FOLDERS, "vae": "vae"}.items():
+        if part in ours and ours[part] == theirs.get(part):
+            shutil.rmtree(out / place)
+    shutil.copyfile(adapter, out / ADAPTER_FILE)
+    (out / ADAPTER_RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def _with_base(folder: Path, storage_uri: str | None) -> Path:
+    """The model that a folder's adapter and its base make, made once per machine.
+
+    Raises: ModelError if the record can't be read, the base isn't found, or both make another model than was
+    registered; FingerprintError if the base has changed.
+    """
+    manifest, record = read_manifest(folder), _read_record(folder / ADAPTER_RECORD)
+    cache = Path(tempfile.gettempdir()) / f"nexusgen-cache-{os.getuid()}"  # as `storage.fetch_folder` has it
+    target = cache / f"adapted-{manifest.fingerprint}-{record.base_fingerprint}"
+    if target.is_dir():
+        return target
+    try:
+        base = resolve_model(record.base, storage_uri)
+    except (InputError, UsageError, ModelError) as error:
+        raise ModelError(f"{folder} holds an adapter for the base {record.base}, which isn't there: {error}") from None
+    found = read_manifest(base).fingerprint
+    if found != record.base_fingerprint:
+        raise FingerprintError(
+            f"{folder} holds an adapter for the base {record.base} of fingerprint {record.base_fingerprint}, but "
+            f"{record.base} is {found} now: bring the base back, or register the checkpoint again with adapter=merge"
+        )
+    from nexusgen.model.weights import DECODER_FOLDERS, assemble_model, write_manifest
+
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=cache) as scratch:
+        merged, out = Path(scratch) / "merged.safetensors", Path(scratch) / "model"
+        merge_file(base, folder / ADAPTER_FILE, merged, record.lora)
+        assemble_model(base, out, autoregressive=merged, lineage=manifest.lineage)
+        for place in DECODER_FOLDERS.values():
+            if (folder / place).is_dir():  # trained, too
+                shutil.rmtree(out / place, ignore_errors=True)
+                shutil.copytree(folder / place, out / place)
+        values = manifest.model_dump(exclude={"version", "parts", "fingerprints", "fingerprint"})
+        made = write_manifest(out, **values).fingerprint
+        if made != manifest.fingerprint:
+            raise ModelError(
+                f"{folder}: its adapter and the base {record.base} make the model {made}, but {manifest.fingerprint} "
+                "was registered: the adapter's files have changed; register the checkpoint again"
+            )
+        storage.put_in_place(out, target)
+    return target
+
+
+def _read_record(path: Path) -> AdapterRecord:
+    try:
+        return AdapterRecord.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} can't be read as an adapter's record: {error}") from None
 
 
 def _version_tags(

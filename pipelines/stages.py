@@ -45,6 +45,7 @@ from nexusgen.model.weights import DRAWING_PARTS, Model, load_model, start_editi
 from nexusgen.prompts import IGNORED_LABEL, Conversation, encode_conversation
 from nexusgen.sampling import decode_embeddings
 from nexusgen.schema import EmbedMode, Message, Task
+from pipelines.lora import LoraConfig, add_adapters
 
 StageName = Literal["ar", "generation_decoder", "editing_decoder"]
 PreparedT = TypeVar("PreparedT")
@@ -82,7 +83,7 @@ class StepRandom:
 
 
 class Stage(ABC, Generic[PreparedT, BatchT]):
-    """One training stage on the model at `folder`; `module` holds exactly the weights that are trained."""
+    """One training stage on the model at `folder`; those weights of `module` are trained that require a gradient."""
 
     name: ClassVar[StageName]
     roles: ClassVar[Mapping[EmbedMode, tuple[str, ...]]]  # what it reads, by embed mode
@@ -146,7 +147,8 @@ class PreparedConversation:
 class AutoregressiveStage(Stage[PreparedConversation, ConversationBatch]):
     """Phase 1: the language model, query embeddings and vision head learn to predict image embeddings.
 
-    The vision tower is frozen, and absent here: images come as stored embeddings.
+    The vision tower is frozen, and absent here: images come as stored embeddings. With LoRA the language model is
+    frozen, too, and learns through adapters.
     """
 
     name = "ar"
@@ -156,13 +158,15 @@ class AutoregressiveStage(Stage[PreparedConversation, ConversationBatch]):
     tasks = ("generation", "editing", "understanding")
     weights = AUTOREGRESSIVE_WEIGHTS
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, lora: LoraConfig | None = None, frozen_dtype: torch.dtype = torch.float32) -> None:
         model = load_model(folder, parts=self.parts)
         assert model.autoregressive is not None
         assert model.tokenizer is not None
         self.module: AutoregressiveModel = model.autoregressive
         self._num_target_tokens = model.manifest.geometry.num_target_tokens
         self.module.qwen.model.visual = nn.Identity()
+        if lora is not None:
+            add_adapters(self.module, lora, frozen_dtype)
         self._tokenizer = model.tokenizer
         self._nothing = torch.zeros(0, self.module.hidden_size)
 
@@ -467,13 +471,22 @@ STAGES: Mapping[StageName, type[AnyStage]] = {
 }
 
 
-def build_stage(name: StageName, folder: Path, levels: LevelDensity, conditioning_dropout: float = 0.0) -> AnyStage:
+def build_stage(
+    name: StageName,
+    folder: Path,
+    levels: LevelDensity,
+    conditioning_dropout: float = 0.0,
+    lora: LoraConfig | None = None,
+    frozen_dtype: torch.dtype = torch.float32,
+) -> AnyStage:
     """The stage on a model folder; noise levels and dropout, in [0, 1), are a decoder stage's.
+
+    `lora` is stage ar's: its adapters, on a frozen language model whose matrices are kept in `frozen_dtype`.
 
     Raises: ModelError if the folder lacks a part, or a constant, that the stage needs.
     """
     if name == "ar":
-        return AutoregressiveStage(folder)
+        return AutoregressiveStage(folder, lora, frozen_dtype)
     if name == "generation_decoder":
         return GenerationDecoderStage(folder, levels, conditioning_dropout)
     return EditingDecoderStage(folder, levels, conditioning_dropout)

@@ -27,6 +27,7 @@ from pipelines import checkpoint, storage, tracking
 from pipelines.batches import BatchRule, Plan, check_world_size
 from pipelines.checkpoint import Checkpoint
 from pipelines.loop import Ranks, open_training, run_training
+from pipelines.lora import LoraConfig
 from pipelines.parallel import resolve_precision
 from pipelines.registry import pin_model, resolve_model
 from pipelines.runtime import CpuMeter, JobReport, ray_cluster
@@ -63,6 +64,7 @@ class TrainConfig(Config):
     conditioning_dropout: float = Field(
         default=0.0, ge=0, lt=1
     )  # share of a decoder's samples drawn without their image
+    lora: LoraConfig | None = None  # stage ar with adapters on a frozen language model; null: all of it is trained
     ema_decay: float = Field(default=0.0, ge=0, lt=1)  # of the averaged weights that are published; 0: none are kept
     max_gradient_ratio: float = Field(default=20.0, gt=1)  # a gradient so many times the usual one is skipped
     max_skipped_steps: int = Field(default=20, ge=0)  # more of them end the training
@@ -91,6 +93,11 @@ class TrainConfig(Config):
             check_world_size(self.virtual_streams, self.num_workers, self.accumulate)
         except ConfigError as error:
             raise ValueError(str(error)) from None
+        if self.lora is not None and self.stage != "ar":
+            raise ValueError(
+                f"lora is for stage ar, the language model; stage {self.stage} trains its decoder in full: "
+                "leave lora out, or set lora=null"
+            )
         return self
 
     @property
