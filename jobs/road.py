@@ -71,7 +71,7 @@ def describe(result: RoadResult, mlflow_uri: str) -> str:
     jobs.append(["total", f"{result.seconds:.1f}", f"{result.cpu_seconds:.1f}", "", ""])
     lines = ["", format_table(["job", "seconds", "CPU s", "samples/s", "loss first -> last"], jobs), ""]
     rows = [_score_row("base", result.base_scores), _score_row(f"version {result.version}", result.scores)]
-    header = ["held-out prompts", *SCORES[:-1], "explicit", "understanding", "(majority)"]
+    header = ["held-out prompts", *SCORES[:-1], "explicit", "editing", "understanding", "(majority)"]
     lines += [format_table(header, rows), ""]
     lines += [
         f"pictures   {result.samples}",
@@ -97,6 +97,7 @@ def _job_row(report: JobReport) -> list[str]:
 def _score_row(label: str, scores: Mapping[str, Any]) -> list[str]:
     generation, understanding = scores.get("generation", {}), scores.get("understanding", {})
     values = [generation.get(name) for name in SCORES]
+    values += [scores.get("editing", {}).get("strict")]
     values += [understanding.get("overall"), understanding.get("majority")]
     return [label, *("" if value is None else f"{value:.3f}" for value in values)]
 

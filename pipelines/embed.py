@@ -40,7 +40,7 @@ from pipelines.shards import list_shards
 from pipelines.slice_encoder import ENCODING_PARTS, Plan, SliceEncoder, compute_dtype
 from pipelines.slices import SliceRules, check_names, read_shards, shard_name, shard_stat
 
-LAYOUT_VERSION = 3  # raised when stored rows change for the same input
+LAYOUT_VERSION = 4  # raised when stored rows change for the same input
 MAX_READ_TASKS = 400  # Ray's scheduler takes minutes over 100,000 tasks; each loops over its shards instead
 CHECK_EVERY = 1000  # samples between two looks at the quarantined fraction
 READER_CPUS = 0.5  # another number than an encoder's: Ray would fuse the two stages into one busy actor

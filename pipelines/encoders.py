@@ -35,6 +35,7 @@ from pipelines.arrays import decode_entry, encode_array, quantise_tokens
 LATENTS_ROLE = "latents"
 PREDICTED_ROLE = "predicted"
 REFERENCE_ROLE = "reference"
+INPUT_ROLE = "input"
 AHEAD_PER_THREAD = 16  # images that a thread may have ready before the encoder takes them: bounds memory
 
 
@@ -109,7 +110,9 @@ class PredictionEncoder(VisionEncoder):
     """A trained autoregressive model's own predictions, for the editing decoder: roles `reference` and `predicted`.
 
     `reference` is the vision tower's view, at reference size, of what the user shows in a conversation whose assistant
-    draws; `predicted` comes from one teacher-forced forward over that conversation, its images at reference size.
+    draws; `predicted` comes from one teacher-forced forward over that conversation, its images at input size as in
+    stage ar and at inference, so that the decoder learns from what it will be given. (The released preparation shows
+    them at reference size here, too: at the released sizes nearly the same.)
     Source: Nexus-Gen's editing decoder is trained on such predictions (arXiv 2504.21356, section 3.3).
     """
 
@@ -121,11 +124,11 @@ class PredictionEncoder(VisionEncoder):
         self.pad_token_id = pad_token_id
 
     def roles_of(self, speaker: str, task: Task) -> tuple[str, ...]:
-        return (REFERENCE_ROLE,) if speaker == "user" and task != "understanding" else ()
+        return (INPUT_ROLE, REFERENCE_ROLE) if speaker == "user" and task != "understanding" else ()
 
     @torch.no_grad()
     def predict(
-        self, conversations: Sequence[Conversation], references: Sequence[Sequence[Encoded]]
+        self, conversations: Sequence[Conversation], inputs: Sequence[Sequence[Encoded]]
     ) -> list[list[Encoded]]:
         """What the model predicts for each image that the assistant draws, conversation by conversation.
 
@@ -135,7 +138,7 @@ class PredictionEncoder(VisionEncoder):
         is_target = [conversation.labels == self.model.image_token_id for conversation in conversations]
         predicted: list[list[Encoded]] = []
         for batch in _padded_batches([len(c.input_ids) for c in conversations], self.max_tokens):
-            shown = [one.array for i in batch for one in references[i]]
+            shown = [one.array for i in batch for one in inputs[i]]
             num_tokens = sum(int(is_target[i].sum()) for i in batch)
             padded = collate_conversations(
                 [conversations[i] for i in batch],
@@ -293,7 +296,7 @@ def encode_slice(
             [(role, i, batcher.add(picture)) for i, one in enumerate(ready) for role, picture in one.pictures.items()]
         )
         is_predicted = PREDICTED_ROLE in encoder.roles and sample.task != "understanding"
-        conversations.append(_at_reference_size(sample, conversation, tokenizer, geometry) if is_predicted else None)
+        conversations.append(conversation if is_predicted else None)
     batcher.flush()
     entries = [[(role, index, batcher.encoded[place]) for role, index, place in of_row] for of_row in places]
     if isinstance(encoder, PredictionEncoder):
@@ -402,27 +405,16 @@ def _prepare(
     return row, conversation
 
 
-def _at_reference_size(
-    sample: Sample, conversation: Conversation, tokenizer: PreTrainedTokenizerBase, geometry: Geometry
-) -> Conversation:
-    """The conversation with the user's images at reference size."""
-    speakers = image_roles(sample.messages)
-    if "user" not in speakers:
-        return conversation
-    grids = [geometry.target_grid if who == "assistant" else geometry.reference_grid for who in speakers]
-    return encode_conversation(tokenizer, sample.messages, grids)
-
-
 def _add_predictions(
     encoder: PredictionEncoder,
     rows: Sequence[dict[str, Any]],
     conversations: Sequence[Conversation | None],
     entries: Sequence[list[tuple[str, int, Encoded]]],
 ) -> None:
-    """Put what the model predicts beside the references that it was shown."""
+    """Put what the model predicts beside the references of what it was shown."""
     numbers = [number for number, conversation in enumerate(conversations) if conversation is not None]
     asked = [conversation for conversation in conversations if conversation is not None]
-    shown = [[encoded for _, _, encoded in entries[number]] for number in numbers]
+    shown = [[encoded for role, _, encoded in entries[number] if role == INPUT_ROLE] for number in numbers]
     for number, predicted in zip(numbers, encoder.predict(asked, shown), strict=True):
         speakers = [m["role"] for m in rows[number]["messages"] for _ in range(m["content"].count(IMAGE_MARK))]
         drawn = [index for index, who in enumerate(speakers) if who == "assistant"]

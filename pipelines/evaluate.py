@@ -28,6 +28,7 @@ from pipelines.suites import DemoWorldSuite, EvaluationSuite, RetrievalSuite, Ro
 
 SuiteName = Literal["demo_world", "retrieval"]
 RESULTS_NAME = "results.parquet"
+EVALUATED_PARTS = (*DRAWING_PARTS, "editing_decoder")
 READER_CPUS = 1.0  # Ray Data's own tasks, beside the actors
 
 
@@ -45,6 +46,7 @@ class EvaluateConfig(Config):
     per_category: Annotated[int, Field(ge=1)] = 24
     num_explicit: Annotated[int, Field(ge=0)] = 96
     num_questions: Annotated[int, Field(ge=0)] = 144
+    num_edits: Annotated[int, Field(ge=0)] = 0
     data: str | None = Field(default=None, description="retrieval: name of embedded data of mode vision, held out")
     max_samples: Annotated[int, Field(ge=1)] = Field(default=512, description="retrieval: the first so many targets")
     num_targets: Annotated[int, Field(ge=2)] = Field(default=64, description="retrieval: targets to choose among")
@@ -105,7 +107,7 @@ class SuiteActor:
         folder = registry.resolve_model(model, storage_uri)
         self._schema = suite.schema
         self._work = suite.worker(
-            load_model(folder, [part for part in DRAWING_PARTS if part in read_manifest(folder).parts])
+            load_model(folder, [part for part in EVALUATED_PARTS if part in read_manifest(folder).parts])
         )
 
     def __call__(self, batch: dict[str, Any]) -> pa.Table:
@@ -128,6 +130,7 @@ def _suites(config: EvaluateConfig) -> list[EvaluationSuite]:
                 per_category=config.per_category,
                 num_explicit=config.num_explicit,
                 num_questions=config.num_questions,
+                num_edits=config.num_edits,
                 num_pictures=config.num_pictures,
                 batch_size=config.batch_size,
             )

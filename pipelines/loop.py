@@ -240,7 +240,14 @@ def run_training(config: TrainConfig, run_id: str, ranks: Ranks, run: tracking.R
     manifest = read_manifest(folder)
     data, plan = open_training(config, manifest)
     torch.manual_seed(config.seed)
-    stage = build_stage(config.stage, folder, config.levels, config.conditioning_dropout)
+    stage = build_stage(
+        config.stage,
+        folder,
+        config.levels,
+        config.conditioning_dropout,
+        config.lora,
+        PRECISIONS[config.precision],
+    )
     stage.to(ranks.device)
     if config.activation_checkpointing:
         recompute_activations(stage.module)

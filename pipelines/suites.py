@@ -5,7 +5,7 @@ worker is built in an actor, around a model loaded there.
 
 | suite | rows are | scores |
 |---|---|---|
-| DemoWorldSuite | a prompt with its picture, or a question with its answer | by category; explicit; questions |
+| DemoWorldSuite | a prompt or an edit with its picture, or a question with its answer | by category; edits; questions |
 | RetrievalSuite | a held-out sample with its predicted and its true embedding | recall@1 among N targets, MSE, cosine |
 """
 
@@ -32,7 +32,7 @@ from nexusgen.model.autoregressive import collate_conversations
 from nexusgen.model.manifest import Manifest
 from nexusgen.model.weights import Model
 from nexusgen.prompts import encode_conversation
-from nexusgen.sampling import decode_embeddings, describe, generate_images
+from nexusgen.sampling import decode_embeddings, describe, edit_images, generate_images
 from nexusgen.schema import IMAGE_MARK, ROLE_PARTS, Message, Sample
 from pipelines import embedded
 from pipelines.arrays import decode_entry
@@ -115,10 +115,11 @@ class _Explicit:
 
 
 class DemoWorldSuite(Config):
-    """Pictures of held-out combinations, read back by the exact scorer, and questions about such pictures.
+    """Pictures of held-out combinations, drawn and edited, read back by the exact scorer, and questions about such.
 
     Short prompts stand in rounds, one of each category, so that the first 24 show all categories; picture i of the
-    prompts is drawn from seed + i.
+    prompts is drawn from seed + i. A model without an editing decoder edits with its generation decoder, which sees no
+    more of the original than the prediction holds.
     """
 
     name: ClassVar[str] = "demo_world"
@@ -132,7 +133,10 @@ class DemoWorldSuite(Config):
             ("score", pa.float64()),  # 1 or 0; of explicit captions the strict score
             ("strict", pa.float64()),  # pictures only: at the scorer's stricter overlap
             ("colour_and_cell", pa.float64()),  # explicit captions only
+            ("done", pa.float64()),  # edits only: the instruction was carried out
+            ("unchanged", pa.float64()),  # edits only: the rest is as before; the score asks for both
             ("png", _BYTES),  # the picture drawn, or asked about
+            ("source_png", _BYTES),  # edits only: the picture before
         ]
     )
 
@@ -141,6 +145,7 @@ class DemoWorldSuite(Config):
     per_category: int
     num_explicit: int
     num_questions: int
+    num_edits: int
     num_pictures: int
     batch_size: int
 
@@ -163,6 +168,7 @@ class DemoWorldSuite(Config):
         return [
             *cut("generation", len(shapes.CATEGORIES) * self.per_category, self.batch_size),
             *cut("explicit", self.num_explicit, self.batch_size),
+            *cut("editing", self.num_edits, self.batch_size),
             *cut("understanding", self.num_questions, self.batch_size),
         ]
 
@@ -170,8 +176,11 @@ class DemoWorldSuite(Config):
         """A function that draws, or asks, what a unit says."""
         prompts = self._prompts()
         questions = shapes.evaluation_questions(self.num_questions, self.seed)
+        edits = shapes.evaluation_edits(self.num_edits, self.seed)
 
         def work(unit: Unit) -> list[Row]:
+            if unit.kind == "editing":
+                return self._edit(model, edits[unit.first : unit.last], unit.first)
             if unit.kind == "understanding":
                 return self._ask(model, questions[unit.first : unit.last])
             return self._draw(model, prompts[unit.kind][unit.first : unit.last], unit.first)
@@ -183,6 +192,7 @@ class DemoWorldSuite(Config):
         drawn = [row for row in rows if row["kind"] == "generation"]
         explicit = [row for row in rows if row["kind"] == "explicit"]
         answered = [row for row in rows if row["kind"] == "understanding"]
+        edited = [row for row in rows if row["kind"] == "editing"]
         categories = {str(c): _mean(row["score"] for row in drawn if row["category"] == c) for c in shapes.CATEGORIES}
         generation: dict[str, float] = {"overall": _mean(categories.values()), **categories}
         generation["strict"] = _mean(row["strict"] for row in drawn)  # categories are of equal size
@@ -200,11 +210,18 @@ class DemoWorldSuite(Config):
             held_out = [row["score"] for row, question in pairs if shapes.held_out(question.scene)]
             if held_out:
                 scores["understanding"]["held_out"] = _mean(held_out)
+        if edited:
+            scores["editing"] = {
+                "strict": _mean(row["score"] for row in edited),
+                "done": _mean(row["done"] for row in edited),
+                "unchanged": _mean(row["unchanged"] for row in edited),
+            }
         first, last = self.seed, self.seed + self.num_pictures - 1
         sheets = {
             "samples": (drawn[: self.num_pictures], f"short prompts, unpicked: seeds {first} to {last}"),
             "generation": (drawn, f"all short prompts: {generation['overall']:.3f}"),
             "explicit": (explicit[: self.num_pictures], "explicit captions, unpicked"),
+            "editing": (edited[: self.num_pictures], "edits, unpicked: before and after"),
         }
         return SuiteResult(
             scores,
@@ -238,6 +255,7 @@ class DemoWorldSuite(Config):
                 "answer": _see(image),
                 **_score(prompt, image),
                 "png": _to_png(image),
+                **_NO_EDIT,
             }
             for prompt, seed, image in zip(prompts, seeds, images, strict=True)
         ]
@@ -257,9 +275,48 @@ class DemoWorldSuite(Config):
                 "strict": None,
                 "colour_and_cell": None,
                 "png": _to_png(image),
+                **_NO_EDIT,
             }
             for question, answer, image in zip(questions, answers, images, strict=True)
         ]
+
+    def _edit(self, model: Model, edits: Sequence[shapes.Edit], first: int) -> list[Row]:
+        size = model.manifest.image_size
+        sources = [Image.fromarray(shapes.draw(edit.source, size[0])) for edit in edits]
+        seeds = [self.seed + first + number for number in range(len(edits))]
+        images = edit_images(
+            model,
+            sources,
+            [edit.instruction for edit in edits],
+            seeds,
+            self.steps,
+            size,
+            "generation" if model.editing_decoder is None else "editing",
+        )
+        rows = []
+        for edit, source, seed, image in zip(edits, sources, seeds, images, strict=True):
+            score = scoring.score_edit(edit, np.asarray(image.convert("RGB")))
+            rows.append(
+                {
+                    "prompt": edit.instruction,
+                    "lang": edit.lang,
+                    "category": edit.kind,
+                    "seed": seed,
+                    "expected": shapes.explicit_caption(edit.target, "en"),
+                    "answer": _see(image),
+                    "score": float(score.strict),
+                    "strict": None,
+                    "colour_and_cell": None,
+                    "done": float(score.done),
+                    "unchanged": float(score.unchanged),
+                    "png": _to_png(image),
+                    "source_png": _to_png(source),
+                }
+            )
+        return rows
+
+
+_NO_EDIT: Row = {"done": None, "unchanged": None, "source_png": None}
 
 
 def _score(prompt: _Explicit | shapes.Prompt, image: Image.Image) -> Row:
@@ -282,7 +339,8 @@ def _see(image: Image.Image) -> str:
 
 def _scored_cell(row: Row) -> Cell:
     text = row["prompt"] if is_drawable(row["prompt"]) else f"({row['lang']}) {row['expected']}"
-    return Cell((Image.open(io.BytesIO(row["png"])),), text, row["score"] == 1)
+    shown = [row[name] for name in ("source_png", "png") if row[name] is not None]
+    return Cell(tuple(Image.open(io.BytesIO(data)) for data in shown), text, row["score"] == 1)
 
 
 def _mean(values: Iterable[float]) -> float:

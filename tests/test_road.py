@@ -44,6 +44,7 @@ SETTINGS = (
     "evaluate.per_category=1",
     "evaluate.num_explicit=2",
     "evaluate.num_questions=4",
+    "evaluate.num_edits=2",
     "evaluate.steps=2",
     "evaluate.num_actors=1",
     "promote.thresholds={}",
@@ -114,6 +115,7 @@ def test_scores_have_the_names_that_scripts_rely_on(report: dict[str, Any]) -> N
     for scores in (report["scores"], report["scores"]["base"]):
         assert names <= scores["generation"].keys()
         assert {"overall", "majority"} <= scores["understanding"].keys()
+        assert {"strict", "done", "unchanged"} <= scores["editing"].keys()
 
 
 def test_every_sample_is_embedded_once_in_both_modes(report: dict[str, Any], folder: Path) -> None:
@@ -163,10 +165,11 @@ def made_by(run: Run, client: MlflowClient) -> Iterator[Run]:
 def test_all_runs_are_nested_in_the_roads(report: dict[str, Any], client: MlflowClient) -> None:
     experiment = client.get_experiment_by_name("road")
     assert experiment is not None
-    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-    parent = runs.pop("road")
-    assert len(runs) >= len(JOBS) - 1  # both evaluations may bear one name
-    for run in runs.values():
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = (run for run in runs if run.info.run_name == "road")
+    runs.remove(parent)
+    assert len(runs) == len(JOBS)
+    for run in runs:
         assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert run.info.status == "FINISHED"
 

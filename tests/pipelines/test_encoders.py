@@ -193,7 +193,7 @@ def test_int8_keeps_embeddings_closely_and_says_how_closely(model: Model) -> Non
     assert decode_entry(data, "int8", (1, 2), scale).eq(0).all()
 
 
-def test_predictions_are_those_of_a_teacher_forced_forward_at_reference_size(model: Model) -> None:
+def test_predictions_are_those_of_a_teacher_forced_forward_as_in_stage_ar(model: Model) -> None:
     assert model.autoregressive is not None
     assert model.tokenizer is not None
     geometry = model.manifest.geometry
@@ -204,18 +204,20 @@ def test_predictions_are_those_of_a_teacher_forced_forward_at_reference_size(mod
     assert [row["reference_index"] for row in rows] == [[], [], [0, 1], []]
     assert rows[2]["reference_grid"] == [*geometry.reference_grid] * 2
     edit = samples()[3]
-    pictures = [image_for_role(decode_image(image), "reference", geometry) for image in edit.images[:2]]
+    pictures = [decode_image(image) for image in edit.images[:2]]
     with torch.no_grad():
-        shown = model.autoregressive.encode_images(*to_patches(pictures, geometry))
-        grids = [geometry.reference_grid, geometry.reference_grid, geometry.target_grid]
-        conversation = encode_conversation(model.tokenizer, edit.messages, grids)
+        patches, grids_thw = to_patches([image_for_role(p, "input", geometry) for p in pictures], geometry)
+        shown = model.autoregressive.encode_images(patches, grids_thw)
+        grids = [(h // geometry.merge_size, w // geometry.merge_size) for _, h, w in grids_thw.tolist()]
+        conversation = encode_conversation(model.tokenizer, edit.messages, [*grids, geometry.target_grid])
         nothing = torch.zeros(geometry.num_target_tokens, model.autoregressive.hidden_size)
-        batch = collate_conversations([conversation], shown, nothing, 0)
-        wanted = model.autoregressive(batch).predictions
+        wanted = model.autoregressive(collate_conversations([conversation], shown, nothing, 0)).predictions
+        patches, grids_thw = to_patches([image_for_role(p, "reference", geometry) for p in pictures], geometry)
+        references = model.autoregressive.encode_images(patches, grids_thw)
     stored = decode_entry(rows[2]["predicted_data"][0], "bfloat16", geometry.target_grid)
     torch.testing.assert_close(stored.float(), wanted, rtol=0.01, atol=0.01)
-    references = [decode_entry(data, "bfloat16", geometry.reference_grid) for data in rows[2]["reference_data"]]
-    torch.testing.assert_close(torch.cat(references).float(), shown, rtol=0.01, atol=0.01)
+    found = [decode_entry(data, "bfloat16", geometry.reference_grid) for data in rows[2]["reference_data"]]
+    torch.testing.assert_close(torch.cat(found).float(), references, rtol=0.01, atol=0.01)
 
 
 def test_a_slice_without_good_samples_is_an_empty_table(model: Model) -> None:

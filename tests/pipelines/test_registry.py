@@ -94,7 +94,7 @@ def registered(tmp_path_factory: pytest.TempPathFactory, base: Path) -> tuple[st
     return storage, stage_runs
 
 
-def score(storage: str, fingerprint: str, overall: float, n: int = 432) -> None:
+def score(storage: str, fingerprint: str, overall: float, n: int = 572) -> None:
     """What `evaluate` leaves behind."""
     generation = {"overall": overall, "explicit_strict": 0.5}
     scores = {"n": n, "generation": generation, "understanding": {"overall": 0.9}}
@@ -167,7 +167,7 @@ def test_gate_aliases_and_rollback(tmp_path: Path, base: Path) -> None:
     with pytest.raises(InputError, match="no version has the alias"):
         resolve_model("models:/nexusgen@champion", storage)
     score(storage, fingerprints[0], 0.9, n=50)
-    with pytest.raises(GateError, match="n is 50, wanted >= 432"):  # a smaller evaluation opens no gate
+    with pytest.raises(GateError, match="n is 50, wanted >= 572"):  # a smaller evaluation opens no gate
         promote(PromoteConfig(storage=storage, version=1))
     score(storage, fingerprints[0], 0.9)
     score(storage, fingerprints[1], 0.3)

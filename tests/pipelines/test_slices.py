@@ -16,16 +16,17 @@ def test_slices_are_cut_by_samples_and_by_bytes(tmp_path: Path) -> None:
     assert [len(item.samples) for item in slices_of(shard, SliceRules(max_bytes=1))] == [1, 1, 1]
 
 
-def test_a_shards_end_comes_with_its_last_slice_or_alone(tmp_path: Path) -> None:
+def test_a_shards_end_comes_with_its_last_slice(tmp_path: Path) -> None:
     write_tars(tmp_path)
     first, (last, end) = read_slices(f"{tmp_path}/tars/b.tar", SliceRules(max_samples=2))
     assert [isinstance(item, Slice) for item in (*first, last)] == [True, True]
     assert isinstance(end, dict)
     assert (end["num_slices"], len(end["digest"])) == (2, 64)
-    (tmp_path / "empty.tar").write_bytes(tar_bytes([]))
-    ((end,),) = read_slices(f"{tmp_path}/empty.tar", SliceRules())
+    ((last, end),) = read_slices(f"{tmp_path}/absent.tar", SliceRules())
+    assert isinstance(last, Slice)
+    assert len(last.rejected) == 1
     assert isinstance(end, dict)
-    assert end["num_slices"] == 0
+    assert (end["num_slices"], end["digest"]) == (1, "")
 
 
 def slices_of(shard: str | Path, rules: SliceRules) -> list[Slice]:

@@ -23,7 +23,9 @@ from pipelines import embedded, suites
 from pipelines.arrays import decode_entry
 from pipelines.suites import DemoWorldSuite, EvaluationSuite, RetrievalSuite, find_targets
 
-WORLD = DemoWorldSuite(seed=3, steps=2, per_category=2, num_explicit=3, num_questions=2, num_pictures=4, batch_size=5)
+WORLD = DemoWorldSuite(
+    seed=3, steps=2, per_category=2, num_explicit=3, num_questions=2, num_edits=3, num_pictures=4, batch_size=5
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def scenes_by_prompt(suite: DemoWorldSuite) -> dict[str, shapes.Scene]:
 def test_a_perfect_painter_scores_one_and_a_blank_one_nothing(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     scenes = scenes_by_prompt(WORLD)
     monkeypatch.setattr(suites, "generate_images", paint(lambda prompt: scenes[prompt]))
-    perfect = WORLD.model_copy(update={"num_questions": 0})
+    perfect = WORLD.model_copy(update={"num_questions": 0, "num_edits": 0})
     scores = perfect.summarise(rows_of(perfect, model)).scores
     assert set(scores["generation"].values()) == {1.0}
     assert set(scores["generation"]) == {
@@ -71,8 +73,43 @@ def test_a_perfect_painter_scores_one_and_a_blank_one_nothing(model: Model, monk
         "explicit_colour_and_cell",
     }
     monkeypatch.setattr(suites, "generate_images", paint(lambda prompt: shapes.Scene(())))
-    blank = WORLD.model_copy(update={"num_questions": 0})
+    blank = WORLD.model_copy(update={"num_questions": 0, "num_edits": 0})
     assert set(blank.summarise(rows_of(blank, model)).scores["generation"].values()) == {0.0}
+
+
+def test_an_edit_counts_if_it_is_done_and_the_rest_unchanged(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    edits = {edit.instruction: edit for edit in shapes.evaluation_edits(14, WORLD.seed)}
+    assert len(edits) == 14
+    suite = WORLD.model_copy(update={"num_edits": 14, "num_questions": 0})
+
+    def scores_of(paint: Callable[[shapes.Edit], shapes.Scene]) -> Any:
+        def edit_images(model: Model, images: Any, instructions: Sequence[str], *others: Any) -> list[Image.Image]:
+            return [Image.fromarray(shapes.draw(paint(edits[text]))) for text in instructions]
+
+        monkeypatch.setattr(suites, "edit_images", edit_images)
+        return suite.summarise(rows_of(suite, model)).scores["editing"]
+
+    assert scores_of(lambda edit: edit.target) == {"strict": 1, "done": 1, "unchanged": 1}
+    # The source as it was: nothing is done, and where a thing should come or go, the number of things is wrong.
+    untouched = scores_of(lambda edit: edit.source)
+    assert (untouched["strict"], untouched["done"]) == (0, 0)
+    assert 0.5 < untouched["unchanged"] < 1
+    assert scores_of(lambda edit: shapes.Scene(()))["strict"] == 0
+
+
+def test_a_model_without_an_editing_decoder_edits_with_the_other(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoders = []
+    draw = suites.edit_images
+
+    def edit_images(*arguments: Any) -> list[Image.Image]:
+        decoders.append(arguments[-1])
+        return draw(*arguments)
+
+    monkeypatch.setattr(suites, "edit_images", edit_images)
+    unit = suites.Unit("editing", 0, 2)
+    first = WORLD.worker(model)(unit)
+    assert decoders == ["generation" if model.editing_decoder is None else "editing"]
+    assert [row["score"] for row in first] == [float(row["done"] and row["unchanged"]) for row in first]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +122,7 @@ def test_rows_are_in_rounds_of_categories_with_consecutive_seeds(rows: list[dict
     assert [row["category"] for row in drawn] == list(shapes.CATEGORIES) * WORLD.per_category
     assert [row["seed"] for row in drawn] == list(range(3, 3 + len(drawn)))
     assert {Image.open(io.BytesIO(row["png"])).size for row in rows} == {IMAGE_SIZE}
-    assert len(rows) == 12 + 3 + 2
+    assert len(rows) == 12 + 3 + 3 + 2
     table = pa.Table.from_pylist(rows, schema=WORLD.schema)
     assert table["score"].null_count == 0
 
@@ -100,8 +137,8 @@ def test_a_picture_doesnt_depend_on_its_unit(model: Model, rows: list[dict[str, 
 
 def test_sheets_show_the_first_pictures(rows: list[dict[str, Any]]) -> None:
     result = WORLD.summarise(rows)
-    assert set(result.sheets) == {"samples", "generation", "explicit"}
-    assert result.scores["n"] == 17
+    assert set(result.sheets) == {"samples", "generation", "explicit", "editing"}
+    assert result.scores["n"] == 20
     assert 0 <= result.scores["understanding"]["overall"] <= 1
 
 
