@@ -7,10 +7,9 @@ precision, and run in turn, each in a process of its own. Figures are medians of
     from disk: more data than may be kept, so that every slice is read again in each epoch, a window of them at a time
 
 `data wait` is the time that the loop spends in asking for its next batch, over the time of its steps; the first batch
-of a training is told apart. `gap between epochs` is how much later than usual the first step of an epoch ends, in
-steps. `feeding` is the CPU time of all threads but the one that trains, over the CPU time of that one, so that other
-work on the machine doesn't make it look small; `its reading` is what pyarrow takes, measured alone, to read the same
-columns as often.
+of a training is told apart. `gap between epochs` is the wait for the first batch of an epoch, in usual steps. `feeding`
+is the CPU time of all threads but the one that trains, over the CPU time of that one, so that other work on the machine
+doesn't make it look small; `its reading` is what pyarrow takes, measured alone, to read the same columns as often.
 
 Padding is that of the batches as they are made, of a fixed number of samples and of a budget of tokens; of emoji and
 photos if NEXUSGEN_TEST_DATA names a folder with their tars in `data/emoji` and `data/photos`.
@@ -69,7 +68,7 @@ from pipelines.train import TrainConfig  # noqa: E402
 CONFIGS = ROOT / "jobs" / "configs" / "demo"
 BATCH_SAMPLES = 24
 MAX_STEP_MS = 100.0  # longer steps would hide more of the feeding
-KEPT_BYTES = 60_000_000  # of data from disk: a window of slices, as read and prepared, not two of them
+KEPT_BYTES = 24_000_000  # of data from disk: a window of slices, as read and prepared, not two of them
 TOWER_STEPS = 8  # whose batches lie ready
 TASKS = (("generation", 0.6), ("editing", 0.1), ("understanding", 0.3))
 
@@ -80,6 +79,7 @@ class Fed:
 
     first_batch_s: float
     step_ms: float  # median, waiting included
+    step_cpu_ms: float  # of the thread that trains, mean
     wait: float  # share
     worst_wait: float  # share, of the worst 10 seconds' steps
     gaps: list[float]  # in steps
@@ -130,7 +130,7 @@ def run_ours(storage: str, data: str, num_steps: int) -> Fed:
     feeding = time.process_time() - all_before - training
     seconds = np.diff(ends)
     usual = float(np.median(seconds[1:]))
-    gaps = [seconds[i] / usual - 1 for i in range(1, num_steps) if epochs[i] != epochs[i - 1]]
+    gaps = [waits[i] / usual for i in range(1, num_steps) if epochs[i] != epochs[i - 1]]
     per_window = max(1, round(10 / usual))
     shares = [
         sum(waits[i : i + per_window]) / seconds[i : i + per_window].sum()
@@ -140,9 +140,10 @@ def run_ours(storage: str, data: str, num_steps: int) -> Fed:
     return Fed(
         first_batch_s=waits[0],
         step_ms=1000 * usual,
+        step_cpu_ms=1000 * training / num_steps,
         wait=sum(waits[1:]) / float(seconds[1:].sum()),
         worst_wait=float(max(shares)),
-        gaps=[float(gap) for gap in gaps],
+        gaps=gaps,
         feeding=feeding / training,
         reading=reading / training,
         slices_read=len(read.slices),
@@ -171,11 +172,13 @@ class CountedReads:
         return time.process_time() - before
 
 
-def run_bare(storage: str, data: str, num_steps: int) -> list[float]:
-    """Milliseconds of each step of a plain PyTorch loop over the same batches, which lie ready."""
+def run_bare(storage: str, data: str, num_steps: int) -> dict[str, float]:
+    """Milliseconds of a step, by the clock and of CPU, of a plain loop over the same batches, which lie ready."""
     config, stage, source, plan = open_side(storage, data, num_steps)
     batches = [source.batch(step.rows_of(0, 1)[0]) for step in itertools.islice(plan.steps(), num_steps)]
-    return bare_steps(config, stage, batches, lambda batch: batch)
+    before = time.thread_time()
+    milliseconds = bare_steps(config, stage, batches, lambda batch: batch)
+    return {"ms": statistics.median(milliseconds), "cpu_ms": 1000 * (time.thread_time() - before) / num_steps}
 
 
 def bare_steps(
@@ -322,14 +325,16 @@ def embed_real(storage: Path) -> str | None:
     return None
 
 
-def tell_feeding(report: Report, name: str, fed: Sequence[Fed], bare: Sequence[float]) -> None:
+def tell_feeding(report: Report, name: str, fed: Sequence[Fed], bare: Sequence[Mapping[str, float]]) -> None:
     """The figures of one way of feeding, over rounds."""
     gaps = [gap for one in fed for gap in one.gaps]
     beyond = statistics.median(one.feeding - one.reading for one in fed)
-    report.at_most(f"{name}: a bare step, ms", statistics.median(bare), MAX_STEP_MS)
+    report.at_most(f"{name}: a bare step, ms", statistics.median(one["ms"] for one in bare), MAX_STEP_MS)
     report.tell(f"{name}: our step, ms", statistics.median(one.step_ms for one in fed))
-    ratios = (one.step_ms / other for one, other in zip(fed, bare, strict=True))
+    ratios = (one.step_ms / other["ms"] for one, other in zip(fed, bare, strict=True))
     report.tell(f"{name}: our step over the bare one of its round", statistics.median(ratios))
+    ratios = (one.step_cpu_ms / other["cpu_ms"] for one, other in zip(fed, bare, strict=True))
+    report.tell(f"{name}: the same by CPU time of the thread that trains", statistics.median(ratios))
     report.tell(f"{name}: seconds to the first batch", statistics.median(one.first_batch_s for one in fed))
     report.at_most(f"{name}: data wait, share of the step", statistics.median(one.wait for one in fed), 0.05)
     report.tell(f"{name}: the same, in the worst 10 s", statistics.median(one.worst_wait for one in fed))
@@ -358,13 +363,13 @@ def measure(report: Report, storage: Path, quick: bool) -> None:
     why_not = embed_real(storage)
     steps = {data: round(epochs[data] * size / BATCH_SAMPLES) for data, size in sizes.items()}
     fed: dict[str, list[Fed]] = {data: [] for data in sizes}
-    bare: dict[str, list[float]] = {data: [] for data in sizes}
+    bare: dict[str, list[dict[str, float]]] = {data: [] for data in sizes}
     towers: dict[str, list[dict[str, float]]] = {"stored": [], "tower": []}
     for turn in range(rounds):
         for data in sizes:
-            bare[data].append(statistics.median(run_side("bare", storage, data, min(steps[data], 100))))
+            bare[data].append(run_side("bare", storage, data, min(steps[data], 100)))
             fed[data].append(Fed(**run_side("ours", storage, data, steps[data])))
-            print(f"round {turn + 1}, {data}: bare {bare[data][-1]:.1f} ms, ours {fed[data][-1]}", file=sys.stderr)
+            print(f"round {turn + 1}, {data}: bare {bare[data][-1]}, ours {fed[data][-1]}", file=sys.stderr)
         for side, found in towers.items():
             found.append(run_side(side, storage, "small", 20 if quick else 60))
             print(f"round {turn + 1}, {side}: {found[-1]}", file=sys.stderr)
