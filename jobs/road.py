@@ -73,12 +73,13 @@ def describe(result: RoadResult, mlflow_uri: str) -> str:
     rows = [_score_row("base", result.base_scores), _score_row(f"version {result.version}", result.scores)]
     header = ["held-out prompts", *SCORES[:-1], "explicit", "editing", "understanding", "(majority)"]
     lines += [format_table(header, rows), ""]
+    command = Path(sys.executable).with_name("nexusgen")
     lines += [
         f"pictures   {result.samples}",
         f"model      {result.model}",
-        f"draw       nexusgen generate 'a red circle' -o circle.png --storage {result.storage}",
-        f"serve      nexusgen serve {Path(__file__).parent / 'configs/demo/serve.yaml'} storage={result.storage}",
-        f"MLflow     mlflow ui --backend-store-uri {mlflow_uri}",
+        f"draw       {command} generate 'a red circle' -o circle.png --storage {result.storage}",
+        f"serve      {command} serve {Path(__file__).parent / 'configs/demo/serve.yaml'} storage={result.storage}",
+        f"MLflow     {Path(sys.executable).with_name('mlflow')} ui --backend-store-uri {mlflow_uri}",
     ]
     if result.refusal:
         lines += ["", f"NOT PROMOTED: {result.refusal}"]

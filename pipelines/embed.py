@@ -503,6 +503,7 @@ def _remove_stale(plan: Plan, records: Mapping[str, _Finished], started_ns: int)
             return index in refused.get(shard, ())
         return index < len(slices) and (place == embedded.ENTRIES_FOLDER or slices[index].num_rows > 0)
 
+    num_removed = 0
     for place in ("", embedded.QUARANTINE_FOLDER, embedded.ENTRIES_FOLDER):
         folder = storage.join(plan.folder, place) if place else plan.folder
         storage.remove_temporary(folder, started_ns)
@@ -510,6 +511,14 @@ def _remove_stale(plan: Plan, records: Mapping[str, _Finished], started_ns: int)
             name = storage.name_of(uri)
             if not is_kept(place, name) and (place or name.endswith(".parquet")):
                 storage.delete(uri)
+                num_removed += not place
+    if num_removed:
+        print(
+            f"embed {plan.config.mode}: removed {num_removed} slices of {plan.config.name!r} that the input no longer "
+            "makes; another name would have kept them",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _tell_unmatched(tally: _Tally) -> None:

@@ -59,7 +59,7 @@ def shape_of(folder: Path, mode: Any) -> list[tuple[str, int]]:
 
 
 def test_a_job_embeds_or_accounts_for_every_sample_and_redoes_only_what_changed(
-    tmp_path: Path, base: Path, ray_cluster: RayCluster
+    tmp_path: Path, base: Path, ray_cluster: RayCluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_tars(tmp_path)
     config = a_config(tmp_path, base, max_quarantine_fraction=1)
@@ -134,6 +134,13 @@ def test_a_job_embeds_or_accounts_for_every_sample_and_redoes_only_what_changed(
     assert not list((folder / "quarantine").glob("c-*"))
     assert [path for path in folder.rglob("*") if ".tmp-" in path.name] == [under_way]
     assert again.outputs["digest"] != report.outputs["digest"]
+    assert "removed" not in capsys.readouterr().err
+
+    # Data that goes because its shard isn't listed any more is told.
+    (tars / "a.tar").unlink()
+    embed(config)
+    assert keys_of(tmp_path, "vision") == ["b0", "b1", "b3", "d0"]
+    assert "removed 2 slices of 'n' that the input no longer makes" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
