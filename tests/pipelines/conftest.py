@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_training import make_tiny_model
+from tiny_training import make_embedded, make_tiny_model
 
 
 @pytest.fixture
@@ -18,3 +18,17 @@ def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model folder with random weights; nobody writes to it."""
     return make_tiny_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model folder of the test file's own."""
+    return make_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def storage_uri(tmp_path_factory: pytest.TempPathFactory, model: Path) -> str:
+    """A storage with data named `tiny` in all modes, embedded by `model`."""
+    uri = str(tmp_path_factory.mktemp("storage"))
+    make_embedded(uri, "tiny", model)
+    return uri

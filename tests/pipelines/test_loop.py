@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file
 from servers import free_port
 from test_train import make_config
-from tiny_training import make_embedded, make_tiny_model
 from torch import nn
 
 from nexusgen.errors import NexusgenError
@@ -53,18 +52,6 @@ open(out, "w").write(json.dumps(records))
 if world_size > 1:
     torch.distributed.destroy_process_group()
 """
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def storage_uri(tmp_path_factory: pytest.TempPathFactory, model: Path) -> str:
-    uri = str(tmp_path_factory.mktemp("storage"))
-    make_embedded(uri, "tiny", model)
-    return uri
 
 
 def run_ranks(configs: Sequence[TrainConfig], world_size: int, folder: Path) -> list[list[Any]]:

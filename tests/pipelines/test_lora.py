@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_loop import assert_same_training, run_ranks
 from test_train import make_config, recorded
-from tiny_training import make_embedded, make_tiny_model
+from tiny_training import make_tiny_model
 
 from nexusgen.config import load_config, parse_config
 from nexusgen.errors import ConfigError, FingerprintError, ModelError
@@ -34,18 +34,6 @@ from pipelines.train_plan import plan_training
 LORA = {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj", "down_proj"]}
 # After some steps the adapters' share of the loss is far above rounding.
 FAST: dict[str, Any] = {"lora": LORA, "learning_rate": 0.02, "num_steps": 6, "checkpoint_every": 3}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def storage_uri(tmp_path_factory: pytest.TempPathFactory, model: Path) -> str:
-    uri = str(tmp_path_factory.mktemp("storage"))
-    make_embedded(uri, "tiny", model)
-    return uri
 
 
 @pytest.fixture

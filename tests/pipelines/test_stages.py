@@ -12,8 +12,6 @@ from tiny_training import (
     LATENT_SIZE,
     NUM_REFERENCE_TOKENS,
     NUM_TARGET_TOKENS,
-    make_embedded,
-    make_tiny_model,
     write_mode,
 )
 
@@ -39,18 +37,6 @@ from pipelines.stages import (
 
 DECODER_STAGES: tuple[StageName, ...] = ("generation_decoder", "editing_decoder")
 LATENT_TOKENS = LATENT_SIZE[0] * LATENT_SIZE[1] // 4
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def storage_uri(tmp_path_factory: pytest.TempPathFactory, model: Path) -> str:
-    uri = str(tmp_path_factory.mktemp("storage"))
-    make_embedded(uri, "tiny", model)
-    return uri
 
 
 def open_stage(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import make_embedded, make_tiny_model
+from tiny_training import make_tiny_model
 
 import pipelines.loop as training
 from nexusgen.errors import ConfigError, FingerprintError, ModelError, ResourceError
@@ -19,18 +19,6 @@ from pipelines.follow import StepRecord
 from pipelines.loop import Ranks, learning_rate_at, run_training
 from pipelines.stages import STAGES
 from pipelines.train import TrainConfig, progress_line, train
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def storage_uri(tmp_path_factory: pytest.TempPathFactory, model: Path) -> str:
-    uri = str(tmp_path_factory.mktemp("storage"))
-    make_embedded(uri, "tiny", model)
-    return uri
 
 
 def make_config(storage_uri: str, model: Path, **values: Any) -> TrainConfig:

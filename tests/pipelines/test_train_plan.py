@@ -3,24 +3,11 @@ from pathlib import Path
 import pytest
 import torch
 from test_train import make_config
-from tiny_training import make_embedded, make_tiny_model
 
 from nexusgen.model.manifest import read_manifest
 from pipelines.loop import Ranks, make_optimizer, open_training, run_training
 from pipelines.stages import STAGES, build_stage
 from pipelines.train_plan import plan_training
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def storage_uri(tmp_path_factory: pytest.TempPathFactory, model: Path) -> str:
-    uri = str(tmp_path_factory.mktemp("storage"))
-    make_embedded(uri, "tiny", model)
-    return uri
 
 
 @pytest.mark.parametrize("stage", STAGES)
