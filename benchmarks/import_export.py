@@ -160,8 +160,9 @@ def original_of_autoencoder(item: tuple[str, Tensor]) -> tuple[str, Tensor]:
 
 
 def make_flux(folder: Path, shrink: int, generator: torch.Generator) -> None:
-    """FLUX.1's small parts, and its text encoders with 2 layers, T5's widths over `shrink`."""
-    FluxTransformer2DModel(num_layers=0, num_single_layers=0).save_config(folder / "transformer")
+    """FLUX.1's small parts and its transformer's config; its text encoders with 2 layers, T5's widths over `shrink`."""
+    with torch.device("meta"):  # the weights come from the decoders' files
+        FluxTransformer2DModel(**transformer_sizes(shrink)).save_config(folder / "transformer")
     AutoencoderKL(latent_channels=16, shift_factor=0.1).save_pretrained(folder / "vae")
     clip = CLIPTextConfig(
         hidden_size=768, intermediate_size=3072, num_hidden_layers=2, num_attention_heads=12, eos_token_id=3
