@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar
 
+from nexusgen import __version__
 from nexusgen.errors import InputError, NexusgenError, ResourceError, UsageError
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class Command(Protocol):
 def main(commands: Sequence[Any], argv: Sequence[str] | None = None) -> int:
     """Parse a command line made of `commands`, run one of them and return the exit code."""
     parser = argparse.ArgumentParser(prog="nexusgen", description="Nexus-Gen on Ray: from tar shards to HTTP answers.")
+    parser.add_argument("--version", action="version", version=f"nexusgen {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in commands:
         subparser = subparsers.add_parser(command.NAME, help=command.HELP, description=command.HELP)

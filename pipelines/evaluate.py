@@ -88,10 +88,10 @@ def evaluate(config: EvaluateConfig, parent_run_id: str | None = None) -> JobRep
             ):
                 for suite in todo:
                     stored[suite.path] = _run(suite, config, manifest, run)
-                report = _report(meter, manifest.fingerprint, stored, reused=False)
+                report = _report(config, meter, manifest.fingerprint, stored, reused=False)
                 run.log_report(report)
         else:
-            report = _report(meter, manifest.fingerprint, stored, reused=True)
+            report = _report(config, meter, manifest.fingerprint, stored, reused=True)
         for name, content in stored.items():
             assert content is not None
             registry.attach_scores(config.storage, manifest.fingerprint, name, content["scores"], content["run_id"])
@@ -157,7 +157,7 @@ def _run(suite: EvaluationSuite, config: EvaluateConfig, manifest: Manifest, run
     """Evaluate, write rows, sheets and last the scores. Returns what the file of scores holds."""
     rows = _work_through(suite, config)
     result = suite.summarise(rows)
-    folder = _folder(config, suite, manifest.fingerprint)
+    folder = _folder(config, suite.path, manifest.fingerprint)
     table = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, schema=suite.schema), table)
     storage.write_bytes_atomic(storage.join(folder, RESULTS_NAME), table.getvalue())
@@ -214,12 +214,18 @@ def _stored(config: EvaluateConfig, suite: EvaluationSuite, fingerprint: str) ->
     return content if content["settings"] == suite.settings else None
 
 
-def _folder(config: EvaluateConfig, suite: EvaluationSuite, fingerprint: str) -> str:
-    return storage.join(config.storage, "evaluations", fingerprint, suite.path)
+def _folder(config: EvaluateConfig, suite: str, fingerprint: str) -> str:
+    """Where a suite's rows, sheets and scores lie; `suite` is its path."""
+    return storage.join(config.storage, "evaluations", fingerprint, suite)
 
 
 def _report(
-    meter: runtime.CpuMeter, fingerprint: str, stored: Mapping[str, dict[str, Any] | None], *, reused: bool
+    config: EvaluateConfig,
+    meter: runtime.CpuMeter,
+    fingerprint: str,
+    stored: Mapping[str, dict[str, Any] | None],
+    *,
+    reused: bool,
 ) -> JobReport:
     contents = {name: content for name, content in stored.items() if content is not None}
     return JobReport(
@@ -230,6 +236,7 @@ def _report(
         outputs={
             "fingerprint": fingerprint,
             "scores": {name: content["scores"] for name, content in contents.items()},
+            "sheets": [_folder(config, name, fingerprint) for name in contents],
             "run_id": next(content["run_id"] for content in contents.values()),
         },
         reused=reused,

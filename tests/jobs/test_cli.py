@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,11 @@ def test_help_names_every_command(nexusgen: Run) -> None:
     code, out, _ = nexusgen("--help")
     assert code == 0
     assert all(one.NAME in out for one in cli.COMMANDS)
+
+
+def test_version_is_the_packages(nexusgen: Run) -> None:
+    code, out, _ = nexusgen("--version")
+    assert (code, out.strip()) == (0, f"nexusgen {metadata.version('nexusgen')}")
 
 
 @pytest.mark.parametrize(
