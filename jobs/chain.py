@@ -1,11 +1,13 @@
 """The road itself: every job from tar shards to a promoted model, as one chain.
 
-    pack -> embed vision -> embed latents -> train ar                 -> register -> evaluate -> promote
+    pack -> embed vision -> embed latents -> train ar                 -> register
                                           -> train generation_decoder
+         -> embed predicted -> train editing_decoder -> register -> evaluate -> promote
 
-The two trainings run side by side: the decoder learns from embeddings of the vision tower, so it needs no stage ar. All
-jobs share one Ray cluster and one MLflow run, the parent of theirs. What is finished is not done again: started anew,
-the road goes on where it stopped.
+The first two trainings run side by side: the decoder learns from embeddings of the vision tower, so it needs no stage
+ar. The editing decoder learns from the trained language model's predictions, so it comes after the first version, and
+makes a second one of it. All jobs share one Ray cluster and one MLflow run, the parent of theirs. What is finished is
+not done again: started anew, the road goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ _SECTIONS = {
     "embed_latents": ("storage", "name", "model", "input"),
     "train_ar": ("storage", "name", "model"),
     "train_generation_decoder": ("storage", "name", "model"),
+    "embed_predicted": ("storage", "name", "model", "input"),
+    "train_editing_decoder": ("storage", "name", "model"),
     "evaluate": ("storage", "name", "model"),
     "promote": ("storage",),
 }
@@ -58,6 +62,8 @@ class RoadConfig(Config):
     embed_latents: EmbedConfig
     train_ar: TrainConfig
     train_generation_decoder: TrainConfig
+    embed_predicted: EmbedConfig
+    train_editing_decoder: TrainConfig
     evaluate: EvaluateConfig
     promote: PromoteConfig
 
@@ -70,9 +76,11 @@ class RoadConfig(Config):
     def num_cpus(self) -> float:
         """Logical CPUs that the most demanding of the jobs needs."""
         trainings = (self.train_ar, self.train_generation_decoder)
-        embeds = (self.embed_vision, self.embed_latents)
+        embeds = (self.embed_vision, self.embed_latents, self.embed_predicted)
+        editing = self.train_editing_decoder
         return SPARE_CPUS + max(
             sum(one.num_workers * one.cpus_per_worker for one in trainings),
+            editing.num_workers * editing.cpus_per_worker,
             max(one.num_encoders for one in embeds),
             self.evaluate.num_actors * self.evaluate.actor_cpus,
         )
@@ -148,8 +156,16 @@ def run_road(config: RoadConfig) -> RoadResult:
             ("train ar", lambda run_id: train(config.train_ar, run_id)),
         )
         own = RegisterConfig(storage=config.storage, name=config.name, model=config.model)
-        made = walker.walk("register", lambda run_id: register(own, run_id)).outputs
-        published = f"models:/{registry.MODEL_NAME}/{made['version']}"
+        drawing = _published(walker.walk("register", lambda run_id: register(own, run_id)))
+        predicted = config.embed_predicted.model_copy(update={"model": drawing})
+        walker.walk("embed predicted", lambda run_id: embed(predicted, run_id))
+        editing = config.train_editing_decoder.model_copy(update={"model": drawing})
+        walker.walk("train editing_decoder", lambda run_id: train(editing, run_id))
+        own = own.model_copy(
+            update={"model": drawing, "ar": None, "generation_decoder": None, "editing_decoder": "latest"}
+        )
+        registered = walker.walk("register with editing", lambda run_id: register(own, run_id))
+        made, published = registered.outputs, _published(registered)
         of_base = config.evaluate.model_copy(update={"model": config.model})
         of_model = config.evaluate.model_copy(update={"model": published})
         base_scores = walker.walk("evaluate base", lambda run_id: evaluate(of_base, run_id)).outputs["scores"]
@@ -216,6 +232,11 @@ class _Walker:
         if failures:
             raise failures[0]
         self.reports[-2:] = sorted(self.reports[-2:], key=lambda report: report.job)
+
+
+def _published(report: JobReport) -> str:
+    """The version that a register job made."""
+    return f"models:/{registry.MODEL_NAME}/{report.outputs['version']}"
 
 
 def _earlier_run(config: RoadConfig) -> str | None:

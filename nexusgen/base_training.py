@@ -47,7 +47,7 @@ from nexusgen.model.decoder import DecoderConfig, VisionDecoder, initialise_for_
 from nexusgen.model.tensors import save_tensors
 from nexusgen.model.weights import load_autoregressive, save_autoregressive, write_manifest
 from nexusgen.prompts import encode_conversation, load_tokenizer
-from nexusgen.schema import Message, Task
+from nexusgen.schema import IMAGE_MARK, Message, Task
 
 # One token covers one cell of the world's 3 x 3: what the language model predicts and the transformer attends to is a
 # thing, not a part of four.
@@ -57,6 +57,9 @@ GEOMETRY = Geometry(
 IMAGE_SIZE = (96, 96)
 PICTURES_PER_STEP = {GEOMETRY.target_size: 16, GEOMETRY.reference_size: 8}  # a large one costs four small ones
 HIDDEN_SIZE = 128
+# Rows take the middle third of the rotary frequencies and columns the lowest. Of 10,000 a step of one column would turn
+# them by 0.003 at most, and cells of a 3 x 3 grid couldn't be told apart; of 10 it is 0.24.
+ROPE_THETA = 10.0
 LATENT_CHANNELS = 24  # at 1/8 of the image's side; 96 numbers per 16-pixel patch
 POOLED_SIZE = 64
 VOCABULARY_SIZE = 704
@@ -163,13 +166,17 @@ def train_tokenizer(folder: Path, texts: Iterable[str]) -> None:
 
 
 def _world_texts(count: int) -> Iterator[str]:
-    """Texts for the tokenizer, Chinese cut into words: a token of two words would hide the pairs that are held out."""
+    """Texts for the tokenizer, Chinese cut into words: a token of two words would hide the pairs that are held out.
+
+    Of replies with a picture only what all of them say: their other words are those of questions and instructions.
+    """
     yield from ("system\n" + defaults.SYSTEM_PROMPT, "user\n", "assistant\n")
     tasks: tuple[Task, ...] = ("generation", "editing", "understanding")
     for task in tasks:
         for sample in shapes.training_samples(task, 0, count // len(tasks), SEED):
             for message in sample.messages:
-                text = message.content.replace("<image>", "")
+                has_picture = message.role == "assistant" and IMAGE_MARK in message.content
+                text = (shapes.DRAWN[sample.lang] if has_picture else message.content).replace(IMAGE_MARK, "")
                 yield from [text] if sample.lang == "en" else shapes.chinese_words(text)
 
 
@@ -177,18 +184,18 @@ def _world_texts(count: int) -> Iterator[str]:
 
 
 def tiny_autoregressive_config(tokenizer: PreTrainedTokenizerBase) -> Qwen2_5_VLConfig:
-    """The demo's Qwen2.5-VL: 3 vision blocks of 96 and 3 language layers of 128, about 1.2 M parameters."""
+    """The demo's Qwen2.5-VL: 3 vision blocks of 96 and 4 language layers of 128, about 1.4 M parameters."""
     token = tokenizer.convert_tokens_to_ids
     return Qwen2_5_VLConfig(
         text_config={
             "hidden_size": HIDDEN_SIZE,
             "intermediate_size": 384,
-            "num_hidden_layers": 3,
+            "num_hidden_layers": 4,
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
             "vocab_size": VOCABULARY_SIZE,
             "max_position_embeddings": 4096,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+            "rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA, "mrope_section": [4, 6, 6]},
             "tie_word_embeddings": False,
             "bos_token_id": token("<|endoftext|>"),
             "eos_token_id": token("<|im_end|>"),

@@ -501,7 +501,7 @@ _REQUESTS: Mapping[Lang, tuple[str, ...]] = {
     "en": ("{}", "Draw {}.", "Please draw {}."),
     "zh": ("{}", "画{}", "请画{}。"),
 }
-_DRAWN: Mapping[Lang, str] = {"en": f"Here is the image: {IMAGE_MARK}", "zh": f"图像如下：{IMAGE_MARK}"}
+DRAWN: Mapping[Lang, str] = {"en": f"Here is the image: {IMAGE_MARK}", "zh": f"图像如下：{IMAGE_MARK}"}
 
 
 def training_samples(task: Task, start: int, count: int, seed: int, size: int = 96) -> Iterator[WorldSample]:
@@ -520,13 +520,28 @@ def training_samples(task: Task, start: int, count: int, seed: int, size: int = 
         elif task == "generation":
             text, scene, category = _training_prompt(rng, lang)
             request = _pick(rng, _REQUESTS[lang]).format(text)
-            messages = (Message("user", request), Message("assistant", _DRAWN[lang]))
+            messages = (Message("user", request), Message("assistant", DRAWN[lang]))
             yield WorldSample(key, task, lang, messages, (draw(scene, size),), {"category": category})
         else:
             edit = sample_edit(rng, lang)
-            messages = (Message("user", f"{IMAGE_MARK} {edit.instruction}"), Message("assistant", _DRAWN[lang]))
+            messages = (Message("user", f"{IMAGE_MARK} {edit.instruction}"), Message("assistant", edit_reply(edit)))
             pictures = (draw(edit.source, size), draw(edit.target, size))
             yield WorldSample(key, task, lang, messages, pictures, {"edit_kind": edit.kind})
+
+
+def edit_reply(edit: Edit) -> str:
+    """What the assistant says to an edit: where it sees the thing that is named, if one is, and the image.
+
+    Finding the thing and redrawing the picture are so learned one after the other: text that was said is read again.
+    """
+    named = set(edit.source.things) - set(edit.target.things)
+    return "".join(_FOUND[edit.lang](thing) for thing in named) + DRAWN[edit.lang]
+
+
+_FOUND: Mapping[Lang, Callable[[Thing], str]] = {
+    "en": lambda thing: f"The {_name(thing, 'en', has_size=False)} is at the {CELLS[thing.cell][0]}. ",
+    "zh": lambda thing: f"{_name(thing, 'zh', has_size=False)}在{CELLS[thing.cell][1]}。",
+}
 
 
 def _training_prompt(rng: np.random.Generator, lang: Lang) -> tuple[str, Scene, str]:

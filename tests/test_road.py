@@ -1,4 +1,4 @@
-"""The whole road with a handful of steps: tar shards -> embeddings -> both stages -> a version -> an HTTP answer."""
+"""The whole road with a handful of steps: tar shards -> embeddings -> three stages -> a version -> an HTTP answer."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from jobs import cli
 from jobs.command import DEMO_CONFIGS
 from nexusgen.model.manifest import demo_base
 from nexusgen.model.weights import load_model
+from nexusgen.schema import EmbedMode
 from pipelines import embedded, serve, tracking
 
 # Small enough for a minute, and still every job with its real work.
@@ -41,6 +42,11 @@ SETTINGS = (
     "train_generation_decoder.num_steps=6",
     "train_generation_decoder.batch_samples=8",
     "train_generation_decoder.warmup_steps=1",
+    "embed_predicted.num_encoders=1",
+    "train_editing_decoder.num_steps=6",
+    "train_editing_decoder.batch_samples=8",
+    "train_editing_decoder.warmup_steps=1",
+    "train_editing_decoder.num_workers=1",
     "evaluate.per_category=1",
     "evaluate.num_explicit=2",
     "evaluate.num_questions=4",
@@ -56,6 +62,9 @@ JOBS = [
     "train ar",
     "train generation_decoder",
     "register",
+    "embed predicted",
+    "train editing_decoder",
+    "register with editing",
     "evaluate base",
     "evaluate",
     "promote",
@@ -102,7 +111,7 @@ def test_every_job_did_its_work(report: dict[str, Any]) -> None:
     assert not any(job["reused"] for job in jobs.values())
     assert all(job["seconds"] > 0 for job in jobs.values())
     assert jobs["pack"]["samples"] == jobs["embed vision"]["samples"] == 72
-    for stage in ("train ar", "train generation_decoder"):
+    for stage in ("train ar", "train generation_decoder", "train editing_decoder"):
         assert jobs[stage]["samples"] == 48
         assert jobs[stage]["loss_last"] > 0
     assert jobs["train ar"]["loss_last"] < jobs["train ar"]["loss_first"]  # from random query embeddings: at once
@@ -118,16 +127,21 @@ def test_scores_have_the_names_that_scripts_rely_on(report: dict[str, Any]) -> N
         assert {"strict", "done", "unchanged"} <= scores["editing"].keys()
 
 
-def test_every_sample_is_embedded_once_in_both_modes(report: dict[str, Any], folder: Path) -> None:
-    vision, latents = (embedded.list_slices(str(folder), "road", mode) for mode in ("vision", "latents"))
-    assert [(Path(i.uri).name, i.num_rows) for i in vision] == [(Path(i.uri).name, i.num_rows) for i in latents]
-    assert sum(info.num_rows for info in vision) == 72
+def test_every_sample_is_embedded_once_in_every_mode(report: dict[str, Any], folder: Path) -> None:
+    modes: tuple[EmbedMode, ...] = ("vision", "latents", "predicted")
+    first, *others = (rows_by_slice(folder, mode) for mode in modes)
+    assert others == [first, first]
+    assert sum(num_rows for _, num_rows in first) == 72
+
+
+def rows_by_slice(folder: Path, mode: EmbedMode) -> list[tuple[str, int]]:
+    return [(Path(info.uri).name, info.num_rows) for info in embedded.list_slices(str(folder), "road", mode)]
 
 
 def test_published_folder_is_whole_and_shown(report: dict[str, Any], folder: Path) -> None:
     model = load_model(Path(report["model"]))
     assert model.manifest.fingerprint == report["fingerprint"]
-    assert set(model.manifest.parts) == {"autoregressive", "generation_decoder", "vae"}
+    assert set(model.manifest.parts) == {"autoregressive", "generation_decoder", "editing_decoder", "vae"}
     assert report["promoted"]
     with Image.open(folder / "samples.png") as sheet:
         assert sheet.width > 500
@@ -141,7 +155,7 @@ def test_mlflow_leads_from_the_alias_to_the_tars(report: dict[str, Any], client:
     version = client.get_model_version_by_alias("nexusgen", "champion")
     assert int(version.version) == report["version"]
     tars = set()
-    for stage in ("ar", "generation_decoder"):
+    for stage in ("ar", "generation_decoder", "editing_decoder"):
         trained = client.get_run(version.tags[f"nexusgen.run.{stage}"])
         assert trained.data.tags["nexusgen.stage"] == stage
         assert "train/loss" in trained.data.metrics
@@ -183,7 +197,7 @@ def test_a_second_walk_reuses_everything(
     assert printed["seconds"] < 60
     for key in ("scores", "model", "version"):
         assert printed[key] == report[key]
-    assert len(client.search_model_versions("name = 'nexusgen'")) == 1
+    assert len(client.search_model_versions("name = 'nexusgen'")) == 2  # without the editing decoder, and with it
 
 
 def test_a_model_that_the_gate_refuses_is_shown_and_fails(

@@ -1,4 +1,5 @@
 import itertools
+import re
 from collections import Counter
 
 import numpy as np
@@ -132,6 +133,21 @@ def test_edits_change_what_they_say():
     for edit in edits:
         if edit.kind == "background":
             assert edit.source.things == edit.target.things
+
+
+def test_a_reply_to_an_edit_says_where_the_named_thing_was():
+    rng = np.random.default_rng(8)
+    for _ in range(300):
+        edit = shapes.sample_edit(rng, "en")
+        reply, _, picture = shapes.edit_reply(edit).rpartition("Here is the image: ")
+        assert picture == "<image>"
+        if edit.kind in ("add", "background"):
+            assert not reply
+            continue
+        (name,) = re.findall(r"(?:Make|Turn|Move|Remove) the (\w+ \w+)", edit.instruction)
+        (thing,) = (t for t in edit.source.things if f"{t.colour} {shapes.SHAPES[t.shape][0]}" == name)
+        assert reply == f"The {name} is at the {shapes.CELLS[thing.cell][0]}. "
+    assert shapes.edit_reply(shapes.sample_edit(rng, "zh")).endswith("图像如下：<image>")
 
 
 def test_majority_score_is_that_of_constant_answers():
