@@ -63,7 +63,13 @@ def _check_unicode(text: str, index: int) -> None:
 
 def is_unicode(text: str) -> bool:
     """False if the text holds lone surrogates, as bytes on a command line that aren't UTF-8 become."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # raised for surrogates alone
+        return False
+    return True
 
 
 _GENERATION_REPLY = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -29,26 +30,32 @@ def conversation_positions(
     """
     length = len(input_ids)
     positions = np.empty((3, length), dtype=np.int64)
-    is_image = input_ids == image_token_id
-    index, position = 0, 0
+    places = np.flatnonzero(input_ids == image_token_id).tolist()  # of image tokens
+    index, position, num_placed = 0, 0, 0
     for height, width in grids:
-        start = index + int(np.argmax(is_image[index:])) if is_image[index:].any() else length
+        start = places[num_placed] if num_placed < len(places) else length
         end = start + height * width
-        if end > length or not is_image[start:end].all():
+        num_placed += height * width
+        if num_placed > len(places) or (end > start and places[num_placed - 1] != end - 1):
             raise ShapeError(f"an image of {height}x{width} tokens doesn't fit the image tokens at index {start}")
-        positions[:, index:start] = position + np.arange(start - index)
+        positions[:, index:start] = np.arange(position, position + start - index)
         position += start - index
-        positions[:, start:end] = position + image_offsets(height, width)
+        np.add(_image_offsets(height, width), position, out=positions[:, start:end])
         position += max(height, width)
         index = end
-    if is_image[index:].any():
-        raise ShapeError(f"image tokens at index {index + int(np.argmax(is_image[index:]))} have no grid")
-    positions[:, index:] = position + np.arange(length - index)
+    if num_placed < len(places):
+        raise ShapeError(f"image tokens at index {places[num_placed]} have no grid")
+    positions[:, index:] = np.arange(position, position + length - index)
     return positions, position + length - index
 
 
 def image_offsets(height: int, width: int) -> Int[np.ndarray, "3 tokens"]:
     """Positions of an image's tokens relative to its first: (0, row, column) in raster order."""
+    return _image_offsets(height, width).copy()
+
+
+@functools.lru_cache(maxsize=256)  # data has few grids, and the largest takes 8 KB
+def _image_offsets(height: int, width: int) -> Int[np.ndarray, "3 tokens"]:
     rows, columns = np.divmod(np.arange(height * width), width)
     return np.stack([np.zeros_like(rows), rows, columns])
 

@@ -6,12 +6,13 @@ Text from data or users never becomes a control token: it is tokenised with spec
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import tokenizers
 from jaxtyping import Int
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -23,6 +24,7 @@ from nexusgen.schema import IMAGE_MARK, Message
 
 IGNORED_LABEL = -100
 CONTROL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|endoftext|>")
+_CONSTANT_TEXTS = ("\n", f"system\n{defaults.SYSTEM_PROMPT}", "user\n", "assistant\n")  # as conversations cut them
 
 TokenGrid = tuple[int, int]
 
@@ -51,13 +53,33 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+class _Spelling:
+    """Token ids of one tokenizer: those of control tokens, and of the texts that every conversation holds."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.control = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in CONTROL_TOKENS}
+        self.constant = {text: _encode(tokenizer, text) for text in _CONSTANT_TEXTS}
+
+
+# Kept as long as the tokenizer is; its vocabulary doesn't change once it is loaded.
+_spellings: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, _Spelling] = weakref.WeakKeyDictionary()
+
+
+def _spelling_of(tokenizer: PreTrainedTokenizerBase) -> _Spelling:
+    known = _spellings.get(tokenizer)
+    if known is None:
+        known = _spellings[tokenizer] = _Spelling(tokenizer)
+    return known
+
+
 class _Tokens:
-    """Accumulates ids and labels; adjacent text is tokenised as one string, as the chat template would."""
+    """Accumulates ids; adjacent text is tokenised as one string, as the chat template would."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        self.spelling = _spelling_of(tokenizer)
         self.ids: list[int] = []
-        self.labels: list[int] = []
+        self.learned: list[tuple[int, int]] = []  # ranges of ids, in order
         self._text = ""
         self._text_learned = False
 
@@ -69,16 +91,18 @@ class _Tokens:
 
     def control(self, token: str, learned: bool, count: int = 1) -> None:
         self.flush()
-        ids = [self.tokenizer.convert_tokens_to_ids(token)] * count
-        self.ids += ids
-        self.labels += ids if learned else [IGNORED_LABEL] * count
+        self._add([self.spelling.control[token]] * count, learned)
 
     def flush(self) -> None:
         if self._text:
-            ids = encode_text(self.tokenizer, self._text)
-            self.ids += ids
-            self.labels += ids if self._text_learned else [IGNORED_LABEL] * len(ids)
+            ids = self.spelling.constant.get(self._text)
+            self._add(encode_text(self.tokenizer, self._text) if ids is None else ids, self._text_learned)
             self._text = ""
+
+    def _add(self, ids: Sequence[int], learned: bool) -> None:
+        if learned:
+            self.learned.append((len(self.ids), len(self.ids) + len(ids)))
+        self.ids += ids
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -87,8 +111,23 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     Raises: InputError if the text isn't valid Unicode.
     """
     _check_unicode(text)
-    encoded: Any = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-    ids: list[int] = encoded["input_ids"]
+    return _encode(tokenizer, text)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """What `tokenizer(text, add_special_tokens=False, split_special_tokens=True)` gives, at a fifth of its cost.
+
+    Its settings are those of the last call, whoever made it, so they are looked at before each.
+    """
+    backend: tokenizers.Tokenizer = tokenizer.backend_tokenizer
+    if not backend.encode_special_tokens:
+        backend.encode_special_tokens = True
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    (encoding,) = backend.encode_batch_fast([text], add_special_tokens=False)  # fast: without characters' offsets
+    ids: list[int] = encoding.ids
     return ids
 
 
@@ -159,7 +198,7 @@ def _finish_prompt(tokens: _Tokens, grids: Sequence[TokenGrid], remaining: Seque
     tokens.control("<|im_start|>", learned=False)
     tokens.text("assistant\n", learned=False)
     conversation = _finish(tokens, grids)
-    is_target = conversation.labels == tokens.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    is_target = conversation.labels == tokens.spelling.control["<|image_pad|>"]
     conversation.labels[~is_target] = IGNORED_LABEL
     return conversation
 
@@ -197,6 +236,9 @@ def _encode_message(tokens: _Tokens, message: Message, grids: list[TokenGrid]) -
 def _finish(tokens: _Tokens, grids: Sequence[TokenGrid]) -> Conversation:
     tokens.flush()
     input_ids = np.array(tokens.ids, dtype=np.int64)
-    image_token_id = tokens.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    labels = np.full_like(input_ids, IGNORED_LABEL)
+    for start, end in tokens.learned:
+        labels[start:end] = input_ids[start:end]
+    image_token_id = tokens.spelling.control["<|image_pad|>"]
     position_ids, next_position = conversation_positions(input_ids, grids, image_token_id)
-    return Conversation(input_ids, np.array(tokens.labels, dtype=np.int64), position_ids, next_position)
+    return Conversation(input_ids, labels, position_ids, next_position)

@@ -15,18 +15,16 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Shaped
-from torch import Tensor
 
 from nexusgen.errors import FingerprintError, InputError
 from nexusgen.model.manifest import Manifest
-from nexusgen.schema import ROLE_PARTS, TASKS, EmbedMode, Message
+from nexusgen.schema import TASKS, EmbedMode
 from pipelines import embedded, storage
-from pipelines.arrays import decode_entry, decode_latents_entry
 from pipelines.batches import Rows, RowTable
 from pipelines.checkpoint import DataInput
 from pipelines.embedded import EmbeddedManifest, SliceInfo
-from pipelines.stages import AnyStage, EmbeddedRow, Stage, StoredImage
+from pipelines.loaded_slice import LoadedSlice, columns_of
+from pipelines.stages import AnyStage, Stage
 
 MAX_CACHE_BYTES = 1_500_000_000  # of slices and what was prepared from them, per training process
 
@@ -138,11 +136,12 @@ def _read_header(group: dict[EmbedMode, SliceInfo], stage: type[AnyStage]) -> di
     header: dict[str, pa.ChunkedArray] = {}
     for mode, info in group.items():
         wanted = ["key", "task", "num_tokens", *(f"{role}_grid" for role in stage.roles[mode])]
-        header |= dict(zip(wanted, _read_columns(info, wanted), strict=True))
+        table = _read_columns(info, wanted)
+        header |= {column: table[column] for column in wanted}
     return header
 
 
-def _read_columns(info: SliceInfo, columns: Sequence[str]) -> list[pa.ChunkedArray]:
+def _read_columns(info: SliceInfo, columns: Sequence[str]) -> pa.Table:
     table = embedded.read_slice(info, columns=columns)
     missing = [column for column in columns if column not in table.column_names]
     if missing:
@@ -150,7 +149,7 @@ def _read_columns(info: SliceInfo, columns: Sequence[str]) -> list[pa.ChunkedArr
             f"{info.uri} lacks the columns {', '.join(missing)} that the stage reads: "
             "embed the data again with `nexusgen embed`"
         )
-    return [table[column] for column in columns]
+    return table
 
 
 class StageSource(Generic[PreparedT, BatchT]):
@@ -161,7 +160,8 @@ class StageSource(Generic[PreparedT, BatchT]):
 
     def __init__(self, data: StageData, stage: Stage[PreparedT, BatchT]) -> None:
         self._data, self._stage = data, stage
-        self._slices: OrderedDict[int, _Slice[PreparedT]] = OrderedDict()
+        self._slices: OrderedDict[int, LoadedSlice[PreparedT]] = OrderedDict()
+        self._num_bytes: dict[int, int] = {}
         self._lock = threading.Lock()
 
     def batch(self, rows: Rows) -> BatchT:
@@ -171,78 +171,26 @@ class StageSource(Generic[PreparedT, BatchT]):
     def samples(self, numbers: Rows) -> list[PreparedT]:
         """Prepared samples of any rows of the data, in the order of their `numbers`. Raises: as `batch`."""
         with self._lock:
-            return [found.prepared(place, self._stage) for found, place in self._find(numbers)]
+            return [found.prepared(place) for found, place in self._find(numbers)]
 
     def keys(self, rows: Rows) -> list[str]:
         """The keys of the samples of the plan's `rows`, to name them in a message."""
         with self._lock:
             return [found.keys[place] for found, place in self._find(self._data.train[rows])]
 
-    def _find(self, numbers: Rows) -> list[tuple[_Slice[PreparedT], int]]:
+    def _find(self, numbers: Rows) -> list[tuple[LoadedSlice[PreparedT], int]]:
         """The slice of each row, and its place there."""
         slices, places = self._data.table.slices[numbers].tolist(), self._data.places[numbers].tolist()
         needed = {number: self._slice(number) for number in sorted(set(slices))}
         return [(needed[number], place) for number, place in zip(slices, places, strict=True)]
 
-    def _slice(self, number: int) -> _Slice[PreparedT]:
+    def _slice(self, number: int) -> LoadedSlice[PreparedT]:
         if number not in self._slices:
-            self._slices[number] = _Slice(self._data.slices[number], self._stage)
-            while len(self._slices) > 1 and sum(kept.num_bytes for kept in self._slices.values()) > MAX_CACHE_BYTES:
+            group = self._data.slices[number]
+            tables = {mode: _read_columns(info, columns_of(self._stage, mode)) for mode, info in group.items()}
+            self._slices[number] = LoadedSlice(tables, self._stage, next(iter(group.values())).uri)
+            self._num_bytes[number] = 2 * sum(table.nbytes for table in tables.values())  # as read, and as prepared
+            while len(self._slices) > 1 and sum(map(self._num_bytes.__getitem__, self._slices)) > MAX_CACHE_BYTES:
                 self._slices.popitem(last=False)
         self._slices.move_to_end(number)
         return self._slices[number]
-
-
-class _Slice(Generic[PreparedT]):
-    """One slice in memory; a row is replaced by what was prepared from it."""
-
-    def __init__(self, group: dict[EmbedMode, SliceInfo], stage: Stage[PreparedT, Any]) -> None:
-        columns: dict[str, list[Any]] = {}
-        self.num_bytes = 0
-        for mode, info in group.items():
-            wanted = ["key", "task", "messages"]
-            wanted += [f"{role}_{part}" for role in stage.roles[mode] for part in ROLE_PARTS]
-            arrays = _read_columns(info, wanted)
-            self.num_bytes += 2 * sum(array.nbytes for array in arrays)  # as read, and as prepared
-            lists = [array.to_pylist() for array in arrays]
-            if columns and columns["key"] != lists[0]:
-                raise InputError(f"{info.uri}: its keys aren't those of the other modes' slice; embed it again")
-            columns |= dict(zip(wanted, lists, strict=True))
-        self.keys: list[str] = columns["key"]
-        roles = [role for names in stage.roles.values() for role in names]
-        self._rows: list[EmbeddedRow | PreparedT] = [
-            _row(columns, place, roles) for place in range(len(columns["key"]))
-        ]
-
-    def prepared(self, place: int, stage: Stage[PreparedT, Any]) -> PreparedT:
-        value = self._rows[place]
-        if isinstance(value, EmbeddedRow):
-            value = stage.prepare(value)
-            self._rows[place] = value
-        return value
-
-
-def _row(columns: dict[str, list[Any]], place: int, roles: Sequence[str]) -> EmbeddedRow:
-    return EmbeddedRow(
-        key=columns["key"][place],
-        task=columns["task"][place],
-        messages=tuple(Message(**message) for message in columns["messages"][place]),
-        images={role: _images(columns, place, role) for role in roles},
-    )
-
-
-def _images(columns: dict[str, list[Any]], place: int, role: str) -> tuple[StoredImage, ...]:
-    indices, grids = columns[f"{role}_index"][place] or (), columns[f"{role}_grid"][place] or ()
-    dtype, arrays = columns[f"{role}_dtype"][place], columns[f"{role}_data"][place] or ()
-    pairs = list(zip(grids[::2], grids[1::2], strict=True))
-    scales = columns[f"{role}_scale"][place] or [b""] * len(arrays)  # empty unless quantised
-    return tuple(
-        StoredImage(index, grid, _array(role, data, dtype, grid, scale))
-        for index, grid, data, scale in zip(indices, pairs, arrays, scales, strict=True)
-    )
-
-
-def _array(role: str, data: bytes, dtype: str, grid: tuple[int, int], scale: bytes) -> Shaped[Tensor, "..."]:
-    if role == "latents":
-        return decode_latents_entry(data, dtype, grid)
-    return decode_entry(data, dtype, grid, scale)

@@ -212,8 +212,8 @@ class AutoregressiveStage(Stage[PreparedConversation, ConversationBatch]):
         return targets.unflatten(0, (-1, self._num_target_tokens))
 
     def _join(self, images: Sequence[StoredImage]) -> Float[Tensor, "tokens hidden"]:
-        if not images:
-            return self._nothing
+        if len(images) <= 1:
+            return images[0].values if images else self._nothing
         return torch.cat([image.values for image in sorted(images, key=lambda image: image.index)])
 
 

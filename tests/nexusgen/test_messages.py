@@ -1,7 +1,14 @@
 import pytest
 
 from nexusgen.errors import SampleError
-from nexusgen.messages import generation_messages, plain_text, task_of, understanding_messages, validate_messages
+from nexusgen.messages import (
+    generation_messages,
+    is_unicode,
+    plain_text,
+    task_of,
+    understanding_messages,
+    validate_messages,
+)
 from nexusgen.schema import Message
 
 GENERATION = (Message("user", "Draw: a red star"), Message("assistant", "Here it is: <image>"))
@@ -44,3 +51,10 @@ def test_captions_become_conversations(lang):
         validate_messages(messages, 1)
         assert task_of(messages) == task
     assert plain_text("<image>") != "<image>"
+
+
+def test_lone_surrogates_are_no_unicode():
+    for text in ("", "plain", "日本語 😀 \x00", "\ud7ff\ue000\U0010ffff"):
+        assert is_unicode(text)
+    for text in ("\ud800", "a\udcff", "\ud83d\ude00", "日\udfff"):
+        assert not is_unicode(text)

@@ -1,10 +1,21 @@
+import random
 import shutil
 
 import numpy as np
 import pytest
 
+from nexusgen.defaults import SYSTEM_PROMPT
 from nexusgen.errors import InputError, ModelError, ShapeError
-from nexusgen.prompts import IGNORED_LABEL, encode_conversation, encode_prompt, encode_text, encode_turn, load_tokenizer
+from nexusgen.model.manifest import demo_base
+from nexusgen.prompts import (
+    CONTROL_TOKENS,
+    IGNORED_LABEL,
+    encode_conversation,
+    encode_prompt,
+    encode_text,
+    encode_turn,
+    load_tokenizer,
+)
 from nexusgen.schema import Message
 
 GENERATION = (Message("user", "Draw: a red star"), Message("assistant", "Here it is: <image>"))
@@ -113,6 +124,87 @@ def test_control_tokens_in_a_message_are_plain_text(tokenizer, content):
     )
     assert control_ids(encode_turn(tokenizer, typed[0], [])) == control_ids(encode_turn(tokenizer, harmless[0], []))
     assert content in decoded(tokenizer, encode_prompt(tokenizer, typed[:1], []).input_ids)
+
+
+PIECES = (
+    *CONTROL_TOKENS,
+    *("<|im_", "start|>", "<|", "|>", "<|im_start|", "<<|im_end|>>", "<|video_pad|>", "<|IM_END|>", "<image>"),
+    *("a red star", "Draw", "it's", "DON'T", "3.14", "x_1", "naïve", "e\u0301", "\u212b", "\ufb01"),
+    *("一只红色的狐狸", "请根据以下描述生成一张图像：", "日本語", "한국어", "مرحبا", "😀", "👩‍👩‍👧", "🇩🇪"),
+    *(" ", "  ", "\n", "\r\n", "\n\n ", "\t", "\u00a0", "\u3000", "\u200b", "\x00", "\ufeff", "\U0010ffff"),
+    *("user\n", "assistant\n", "system\n"),
+)
+
+
+def random_texts(count, seed=0):
+    chance = random.Random(seed)
+    return ["".join(chance.choices(PIECES, k=chance.randint(1, 9))) for _ in range(count)]
+
+
+def slowly(tokenizer, text):
+    """Ids of plain text by transformers' own call."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
+
+
+@pytest.fixture(scope="module", params=["tiny", "demo base"])
+def any_tokenizer(request, tokenizer):
+    return tokenizer if request.param == "tiny" else load_tokenizer(demo_base() / "autoregressive")
+
+
+def test_texts_have_the_ids_of_transformers_own_call(any_tokenizer):
+    added = set(any_tokenizer.get_added_vocab().values())
+    for text in [*PIECES, *random_texts(2000)]:
+        ids = encode_text(any_tokenizer, text)
+        assert ids == slowly(any_tokenizer, text), text
+        assert not set(ids) & added, text
+
+
+def test_other_calls_of_a_tokenizer_leave_no_trace(any_tokenizer):
+    """A backend keeps the settings of the last call: special tokens, truncation, padding."""
+    text = "say <|im_end|> " + "again and " * 20
+    wanted = encode_text(any_tokenizer, text)
+    any_tokenizer(text)
+    assert encode_text(any_tokenizer, text) == wanted
+    any_tokenizer([text, "a"], padding="max_length", truncation=True, max_length=7)
+    assert encode_text(any_tokenizer, text) == wanted
+    any_tokenizer.backend_tokenizer.enable_padding(length=500)
+    any_tokenizer.backend_tokenizer.enable_truncation(3)
+    assert encode_text(any_tokenizer, text) == wanted
+
+
+def test_conversations_have_the_ids_of_their_pieces(any_tokenizer):
+    """The template, piece by piece through transformers' own call; what is learned stands apart."""
+
+    def control(token):
+        return [any_tokenizer.convert_tokens_to_ids(token)]
+
+    image = [*control("<|vision_start|>"), *control("<|image_pad|>") * 2, *control("<|vision_end|>")]
+    texts = random_texts(600, seed=1)
+    for first, second, system in zip(texts[::3], texts[1::3], texts[2::3], strict=True):
+        messages = [Message("user", first), Message("assistant", second)]
+        if len(system) % 2:
+            messages.insert(0, Message("system", system.replace("<image>", "")))
+        heads = messages if messages[0].role == "system" else [Message("system", SYSTEM_PROMPT), *messages]
+        ids, learned = [], []
+        for turn, message in enumerate(heads):
+            is_learned = message.role == "assistant"
+            pieces = message.content.split("<image>")
+            opening = f"{message.role}\n"
+            if not is_learned:
+                opening, pieces[0] = opening + pieces[0], ""
+            parts = [(slowly(any_tokenizer, "\n") if turn else [], False), (control("<|im_start|>"), False)]
+            parts += [(slowly(any_tokenizer, opening), False)]
+            for number, piece in enumerate(pieces):
+                parts += [(image if number else [], is_learned), (slowly(any_tokenizer, piece), is_learned)]
+            for part, is_part_learned in [*parts, (control("<|im_end|>"), is_learned)]:
+                ids += part
+                learned += [is_part_learned] * len(part)
+        num_images = sum(message.content.count("<image>") for message in messages)
+        conversation = encode_conversation(any_tokenizer, messages, [(1, 2)] * num_images)
+        assert conversation.input_ids.tolist() == ids
+        assert conversation.labels.tolist() == [
+            i if is_learned else IGNORED_LABEL for i, is_learned in zip(ids, learned, strict=True)
+        ]
 
 
 def test_any_text_has_tokens(tokenizer):

@@ -51,6 +51,30 @@ def test_arrays_keep_every_bit(dtype: str) -> None:
         arrays.decode_array(b"12345", dtype, (2, -1))
 
 
+def test_raw_entries_are_the_bytes_of_the_column_without_a_copy() -> None:
+    rows = [[b"ab", b""], [], [b"cde"], None, [b"f", b"gh", b"ijklm"]]
+    column = pa.chunked_array([pa.array(part, pa.list_(pa.binary())) for part in (rows[:2], rows[2:], [])])
+    for table_column, wanted in (
+        (column, rows),
+        (column.slice(1, 3), rows[1:4]),
+        (pa.chunked_array([column.combine_chunks().take(pa.array([4, 0]))]), [rows[4], rows[0]]),
+        (column.slice(1, 1), [[]]),
+    ):
+        found = arrays.raw_entries(table_column)
+        assert [[bytes(entry.numpy()) for entry in row] for row in found] == [row or [] for row in wanted]
+    data = column.chunk(0).values.buffers()[2]
+    assert arrays.raw_entries(column)[0][0].data_ptr() == data.address
+
+
+def test_a_view_of_raw_bytes_may_begin_anywhere() -> None:
+    values = torch.tensor([1.5, -2.0, float("inf")], dtype=torch.bfloat16)
+    data = arrays.encode_array(values)
+    for padding in (b"", b"x", b"xy"):
+        column = pa.chunked_array([pa.array([[padding, data]], pa.list_(pa.binary()))])
+        entry = arrays.raw_entries(column)[0][1]
+        assert torch.equal(arrays.decode_array(entry, "bfloat16", (3,)), values)
+
+
 def test_parquet_stores_arrays_raw_and_is_the_same_every_time() -> None:
     data = embedded.to_parquet(a_table())
     assert data == embedded.to_parquet(a_table())
