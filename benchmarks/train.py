@@ -68,7 +68,7 @@ from pipelines.train import TrainConfig  # noqa: E402
 CONFIGS = ROOT / "jobs" / "configs" / "demo"
 BATCH_SAMPLES = 24
 MAX_STEP_MS = 100.0  # longer steps would hide more of the feeding
-KEPT_BYTES = 24_000_000  # of data from disk: a window of slices, as read and prepared, not two of them
+KEPT_BYTES = 27_000_000  # of data from disk: a window of slices, as read and prepared, not two of them
 TOWER_STEPS = 8  # whose batches lie ready
 TASKS = (("generation", 0.6), ("editing", 0.1), ("understanding", 0.3))
 
@@ -100,14 +100,12 @@ def open_side(storage: str, data: str, num_steps: int) -> tuple[TrainConfig, Any
     opened, plan = open_training(config, read_manifest(demo_base()))
     torch.manual_seed(config.seed)
     stage = build_stage("ar", demo_base(), config.levels)
-    return config, stage, StageSource(opened, stage), plan
+    return config, stage, StageSource(opened, stage, KEPT_BYTES if data == "large" else None), plan
 
 
 def run_ours(storage: str, data: str, num_steps: int) -> Fed:
     """Our loop with its plan, its thread that makes batches, its guard."""
     config, stage, source, plan = open_side(storage, data, num_steps)
-    if data == "large":
-        stage_data.MAX_CACHE_BYTES = KEPT_BYTES
     read = CountedReads()
     optimizer = make_optimizer(stage.module, config)
     ends, waits, epochs = [time.perf_counter()], [], []

@@ -9,13 +9,14 @@ is a step of the plan: a resumed run, on the same or another W, sees exactly wha
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import queue
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
@@ -26,7 +27,8 @@ from nexusgen.config import Config
 from nexusgen.errors import ConfigError, InputError
 from nexusgen.schema import TASKS, Task
 
-SHUFFLE_ROWS = 4096  # rows mixed with each other: whole slices, read once each, that a worker can hold
+SHUFFLE_ROWS = 4096  # rows mixed with each other, at most: whole slices, read once each
+SHUFFLE_BYTES = 1 << 29  # of the same, of all tasks together; a worker holds two such windows
 LENGTH_ROWS = 1024  # rows sorted by length together before a token budget cuts them; more pads less
 NUM_PREFETCHED = 4  # batches made ahead
 
@@ -42,6 +44,7 @@ class BatchRule(Config):
     tokens: int | None = Field(default=None, ge=1)  # budget of a step: rows x longest row, padding included
     mixture: dict[Task, float] | None = None  # share of each task in a step; None: as the data has them
     virtual_streams: int = Field(default=2, ge=1)
+    window_bytes: int = Field(default=SHUFFLE_BYTES, ge=1)  # of the slices whose rows are mixed with each other
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -59,13 +62,15 @@ class RowTable:
     lengths: Int[np.ndarray, " rows"]  # tokens
     tasks: Int[np.ndarray, " rows"]  # index into schema.TASKS
     slices: Int[np.ndarray, " rows"]  # rows of one number are stored together; numbers needn't be dense
+    # In memory, of the slice of each number, whole; empty: so small that they don't matter.
+    slice_bytes: Int[np.ndarray, " slices"] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     @property
     def digest(self) -> str:
-        """sha256 over all entries."""
+        """sha256 over all entries of rows."""
         digest = hashlib.sha256()
         for column in (self.lengths, self.tasks, self.slices):
             digest.update(np.ascontiguousarray(column, dtype=np.int64).tobytes())
@@ -94,68 +99,147 @@ class PlannedStep:
         ]
 
 
+@dataclass(frozen=True)
+class _Pool:
+    """Rows that are shuffled by themselves: all of them, or those of one task of a mixture."""
+
+    rows: Rows
+    stream: int  # of random numbers
+    max_bytes: int | None  # of the slices of a window; None: any SHUFFLE_ROWS rows are within the limit
+
+
 def plan_epoch(table: RowTable, rule: BatchRule, seed: int, epoch: int) -> list[Rows]:
     """The batches of one epoch, a pure function of its arguments.
 
     Without a mixture every row occurs exactly once and nothing is dropped at the end. With one, an epoch is as long as
     the task that lasts longest needs for each of its rows; rows of the others come round again, reshuffled.
+
+    Whoever can hold `num_window_bytes` twice reads each slice once in each pass over the rows of a task.
     Raises: InputError if a task of the mixture has no rows.
     """
-    sequence = _sequence(table, rule, seed, epoch)
+    pools = _pools(table, rule)
+    sequence = _sequence(table, pools, rule, seed, epoch)
     if rule.samples is not None:
         return np.array_split(sequence, -(-len(sequence) // rule.samples))
     assert rule.tokens is not None
     rng = np.random.default_rng([seed, epoch, 1])
     batches: list[Rows] = []
-    for start in range(0, len(sequence), LENGTH_ROWS):
-        window = sequence[start : start + LENGTH_ROWS]
+    for window in _length_windows(sequence, table, pools):
         cut = _cut_by_tokens(window[np.argsort(table.lengths[window], kind="stable")], table.lengths, rule.tokens)
         batches += [cut[i] for i in rng.permutation(len(cut))]
     return batches
 
 
-def _sequence(table: RowTable, rule: BatchRule, seed: int, epoch: int) -> Rows:
-    """The rows of an epoch in shuffled order, tasks interleaved evenly by their shares."""
+def num_window_bytes(table: RowTable, rule: BatchRule) -> int:
+    """Bytes in memory of the slices that are in use at a time, but where one window ends and the next one begins.
+
+    At most `rule.window_bytes`, or a slice of each task where those are larger.
+    """
+    return sum(_limit(table, rows, rule) for rows in _rows_of_pools(table, rule))
+
+
+def _pools(table: RowTable, rule: BatchRule) -> list[_Pool]:
+    """The rule's pools. Raises: InputError if a task of the mixture has no rows."""
+    pools = []
+    for number, rows in enumerate(_rows_of_pools(table, rule)):
+        limit = _limit(table, rows, rule)
+        is_bound = _max_window_bytes(table, rows) > limit
+        pools.append(_Pool(rows, number + (rule.mixture is not None), limit if is_bound else None))
+    return pools
+
+
+def _rows_of_pools(table: RowTable, rule: BatchRule) -> list[Rows]:
     if rule.mixture is None:
-        return _shuffled(np.arange(len(table)), table.slices, seed, epoch, 0)
+        return [np.arange(len(table))]
     pools = [np.flatnonzero(table.tasks == TASKS.index(task)) for task in rule.mixture]
-    for task, pool in zip(rule.mixture, pools, strict=True):
-        if not len(pool):
+    for task, rows in zip(rule.mixture, pools, strict=True):
+        if not len(rows):
             raise InputError(
                 f"the mixture asks for task {task}, but the data has no training row of it: remove the task"
             )
+    return pools
+
+
+def _limit(table: RowTable, rows: Rows, rule: BatchRule) -> int:
+    """Bytes of a pool's window: its part of all, but at least one slice."""
+    if not len(table.slice_bytes):
+        return 0
+    largest = int(table.slice_bytes[table.slices[rows]].max())
+    return max(rule.window_bytes // (len(rule.mixture) if rule.mixture else 1), largest)
+
+
+def _max_window_bytes(table: RowTable, rows: Rows) -> int:
+    """More than any window of a pool can have that is bounded by rows alone."""
+    if not len(table.slice_bytes):
+        return 0
+    numbers, counts = np.unique(table.slices[rows], return_counts=True)
+    sizes = table.slice_bytes[numbers]
+    in_rows = int(np.ceil(SHUFFLE_ROWS * (sizes / counts).max())) + int(sizes.max())  # the last slice may stand out
+    return min(int(sizes.sum()), in_rows)
+
+
+def _sequence(table: RowTable, pools: Sequence[_Pool], rule: BatchRule, seed: int, epoch: int) -> Rows:
+    """The rows of an epoch in shuffled order, tasks interleaved evenly by their shares."""
+    if rule.mixture is None:
+        return _shuffled(pools[0], table, seed, epoch)
     total = sum(rule.mixture.values())
     shares = [share / total for share in rule.mixture.values()]
-    length = max(len(pool) / share for pool, share in zip(pools, shares, strict=True))
+    length = max(len(pool.rows) / share for pool, share in zip(pools, shares, strict=True))
     parts, places = [], []
-    for number, (pool, share) in enumerate(zip(pools, shares, strict=True)):
+    for pool, share in zip(pools, shares, strict=True):
         count = round(length * share)
-        parts.append(_from_endless(pool, table.slices, seed, number + 1, epoch * count, count))
+        parts.append(_from_endless(pool, table, seed, epoch * count, count))
         places.append((np.arange(count) + 0.5) / count)
     return np.concatenate(parts)[np.argsort(np.concatenate(places), kind="stable")]
 
 
-def _from_endless(pool: Rows, slices: Rows, seed: int, stream: int, start: int, count: int) -> Rows:
+def _from_endless(pool: _Pool, table: RowTable, seed: int, start: int, count: int) -> Rows:
     """`count` rows from place `start` of the endless sequence of a pool's shuffled passes."""
-    first, last = start // len(pool), (start + count - 1) // len(pool)
-    passes = [_shuffled(pool, slices, seed, number, stream) for number in range(first, last + 1)]
-    offset = start - first * len(pool)
+    size = len(pool.rows)
+    first, last = start // size, (start + count - 1) // size
+    passes = [_shuffled(pool, table, seed, number) for number in range(first, last + 1)]
+    offset = start - first * size
     return np.concatenate(passes)[offset : offset + count]
 
 
-def _shuffled(rows: Rows, slices: Rows, seed: int, epoch: int, stream: int) -> Rows:
-    """Slices in random order, then rows mixed within windows of whole slices: few slices are in use at a time."""
-    rng = np.random.default_rng([seed, epoch, 0, stream])
-    numbers, dense = np.unique(slices[rows], return_inverse=True)
-    rank = rng.permutation(len(numbers))[dense]
+def _shuffled(pool: _Pool, table: RowTable, seed: int, number: int) -> Rows:
+    """One pass: slices in random order, then rows mixed within windows of whole slices, so that few are in use."""
+    rows = pool.rows
+    rng = np.random.default_rng([seed, number, 0, pool.stream])
+    numbers, dense = np.unique(table.slices[rows], return_inverse=True)
+    order = rng.permutation(len(numbers))
+    rank = order[dense]
     ordered = rows[np.argsort(rank, kind="stable")]
-    ends = np.cumsum(np.bincount(rank))
-    shuffled, start = [], 0
-    for index, end in enumerate(ends):
-        if end - start >= SHUFFLE_ROWS or index == len(ends) - 1:
+    ends = np.cumsum(np.bincount(rank)).tolist()
+    sizes = np.zeros(len(numbers), dtype=np.int64)
+    if pool.max_bytes is not None:
+        sizes[order] = table.slice_bytes[numbers]
+    max_bytes = pool.max_bytes or 0
+    shuffled, start, window_bytes = [], 0, 0
+    for index, (end, following) in enumerate(zip(ends, [*sizes[1:].tolist(), 0], strict=True)):
+        window_bytes += int(sizes[index])
+        is_full = end - start >= SHUFFLE_ROWS or window_bytes + following > max_bytes
+        if is_full or index == len(ends) - 1:
             shuffled.append(rng.permutation(ordered[start:end]))
-            start = end
+            start, window_bytes = end, 0
     return np.concatenate(shuffled)
+
+
+def _length_windows(sequence: Rows, table: RowTable, pools: Sequence[_Pool]) -> Iterator[Rows]:
+    """Cut a sequence where it is to be sorted by length: LENGTH_ROWS rows, or fewer, lest many slices be in use."""
+    is_bound = any(pool.max_bytes is not None for pool in pools)
+    max_bytes = sum(pool.max_bytes or _max_window_bytes(table, pool.rows) for pool in pools)
+    start = 0
+    while start < len(sequence):
+        window = sequence[start : start + LENGTH_ROWS]
+        if is_bound:
+            numbers, firsts = np.unique(table.slices[window], return_index=True)
+            by_use = np.argsort(firsts)
+            excess = np.flatnonzero(np.cumsum(table.slice_bytes[numbers[by_use]]) > max_bytes)
+            if len(excess):
+                window = window[: firsts[by_use[excess[0]]]]
+        yield window
+        start += len(window)
 
 
 def _cut_by_tokens(rows: Rows, lengths: Rows, budget: int) -> list[Rows]:
@@ -172,11 +256,16 @@ class Plan:
     """Steps of all epochs, one after another without a gap."""
 
     def __init__(self, table: RowTable, rule: BatchRule, seed: int, data_digest: str) -> None:
-        """`data_digest` names the content behind the table. Raises: InputError if there are no rows."""
+        """`data_digest` names the content behind the table.
+
+        Raises: InputError if there are no rows, or none of a task of the mixture.
+        """
         if not len(table):
             raise InputError("the data has no training rows for this stage")
         self._table, self._rule, self._seed = table, rule, seed
-        text = f"{table.digest} {rule.model_dump_json()} {seed} {data_digest}"
+        text = f"{table.digest} {rule.model_dump_json(exclude={'window_bytes'})} {seed} {data_digest}"
+        if any(pool.max_bytes is not None for pool in _pools(table, rule)):
+            text += f" {rule.window_bytes} {hashlib.sha256(table.slice_bytes.astype(np.int64).tobytes()).hexdigest()}"
         self.digest = hashlib.sha256(text.encode()).hexdigest()
 
     def steps(self, from_step: int = 0) -> Iterator[PlannedStep]:
@@ -188,6 +277,11 @@ class Plan:
                 if step >= from_step:
                     yield PlannedStep(step, epoch, self._cut(rows))
             first += len(batches)
+
+    @property
+    def num_window_bytes(self) -> int:
+        """Bytes in memory of the slices that are in use at a time; see the function of that name."""
+        return num_window_bytes(self._table, self._rule)
 
     def num_tokens(self, rows: Rows) -> int:
         """Tokens of these rows, padding not included."""
@@ -233,8 +327,21 @@ class Batch(Generic[BatchT]):
     wait_s: float
 
 
+@dataclass(frozen=True)
+class RankStep:
+    """What one rank takes of a step: the rows of each micro-batch, and its weight (see `MicroBatch`)."""
+
+    planned: PlannedStep
+    parts: tuple[Rows, ...]
+    weights: tuple[float, ...]
+
+
 class Source(Protocol[BatchT_co]):
     """Where a plan's rows come from: number in, batch out."""
+
+    def ahead(self, steps: Iterator[RankStep]) -> Generator[RankStep, None, None]:
+        """The same steps; what later ones need is being fetched while one is used."""
+        ...
 
     def batch(self, rows: Rows) -> BatchT_co:
         """The batch of these rows, in their order. Raises: InputError if a row can't be used."""
@@ -256,18 +363,17 @@ def iterate(
     """
     made: queue.Queue[tuple[PlannedStep, tuple[MicroBatch[BatchT], ...]] | BaseException | None]
     made = queue.Queue(NUM_PREFETCHED)
+    share = (rank, world_size, num_micro_batches)
     is_closed = threading.Event()
 
     def work() -> None:
         try:
-            for planned in itertools.islice(plan.steps(from_step), num_steps - from_step):
-                parts = planned.rows_of(rank, world_size, num_micro_batches)
-                micro_batches = tuple(
-                    MicroBatch(source.batch(rows if len(rows) else planned.rows[:1]), float(len(rows) > 0))
-                    for rows in parts
-                )
-                if not _put(made, (planned, micro_batches), is_closed):
-                    return
+            with contextlib.closing(source.ahead(_steps_of(plan, num_steps, from_step, *share))) as steps:
+                for step in steps:
+                    made_of_it = zip(map(source.batch, step.parts), step.weights, strict=True)
+                    micro_batches = tuple(MicroBatch(content, weight) for content, weight in made_of_it)
+                    if not _put(made, (step.planned, micro_batches), is_closed):
+                        return
             _put(made, None, is_closed)
         except BaseException as error:  # not lost in a thread: raised where the batches are used
             _put(made, error, is_closed)
@@ -286,6 +392,19 @@ def iterate(
     finally:
         is_closed.set()
         thread.join()
+
+
+def _steps_of(
+    plan: Plan, num_steps: int, from_step: int, rank: int, world_size: int, num_micro_batches: int
+) -> Iterator[RankStep]:
+    for planned in itertools.islice(plan.steps(from_step), num_steps - from_step):
+        parts = planned.rows_of(rank, world_size, num_micro_batches)
+        stand_in = planned.rows[:1]
+        yield RankStep(
+            planned,
+            tuple(rows if len(rows) else stand_in for rows in parts),
+            tuple(float(len(rows) > 0) for rows in parts),
+        )
 
 
 def _put(made: queue.Queue[Any], item: Any, is_closed: threading.Event) -> bool:

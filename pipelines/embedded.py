@@ -17,7 +17,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -141,12 +142,34 @@ def read_slice(
 
     Raises: InputError if the file is absent or damaged.
     """
+    with _opened(info) as parquet:
+        wanted = None if columns is None else list(columns)
+        if row_groups is None:
+            return parquet.read(columns=wanted)
+        return parquet.read_row_groups(list(row_groups), columns=wanted)
+
+
+def read_small_columns(info: SliceInfo, columns: Sequence[str]) -> tuple[pa.Table, dict[str, int]]:
+    """Columns of a slice, and the bytes of all its columns, uncompressed, without reading those.
+
+    Raises: InputError as `read_slice`.
+    """
+    with _opened(info) as parquet:
+        sizes: dict[str, int] = {}
+        for group in range(parquet.metadata.num_row_groups):
+            row_group = parquet.metadata.row_group(group)
+            for number in range(row_group.num_columns):
+                column = row_group.column(number)
+                name = column.path_in_schema.partition(".")[0]
+                sizes[name] = sizes.get(name, 0) + column.total_uncompressed_size
+        return parquet.read(columns=list(columns)), sizes
+
+
+@contextmanager
+def _opened(info: SliceInfo) -> Iterator[pq.ParquetFile]:
     try:
         with storage.open_random(info.uri) as file, pq.ParquetFile(file) as parquet:
-            wanted = None if columns is None else list(columns)
-            if row_groups is None:
-                return parquet.read(columns=wanted)
-            return parquet.read_row_groups(list(row_groups), columns=wanted)
+            yield parquet
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{info.uri} can't be read as embedded data: {error}; embed it again") from None
 

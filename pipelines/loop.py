@@ -28,7 +28,7 @@ from pipelines.checkpoint import Meta
 from pipelines.follow import Follower, StepRecord, draw_pictures, forward_precision, validate
 from pipelines.parallel import local, recompute_activations, resolve_precision, set_last_backward, shard_module, whole
 from pipelines.registry import resolve_model
-from pipelines.stage_data import StageData, StageSource, open_data
+from pipelines.stage_data import MAX_CACHE_BYTES, StageData, StageSource, open_data
 from pipelines.stages import STAGES, AnyStage, StepRandom, build_stage
 
 if TYPE_CHECKING:
@@ -263,7 +263,8 @@ def run_training(config: TrainConfig, run_id: str, ranks: Ranks, run: tracking.R
         if average is not None and averaged is not None:
             average.tensors = dict(averaged)
     guard = SpikeGuard(config.max_gradient_ratio, meta.gradient_norms)
-    source: StageSource[Any, Any] = StageSource(data, stage)
+    cache_bytes = max(MAX_CACHE_BYTES, 2 * plan.num_window_bytes)
+    source: StageSource[Any, Any] = StageSource(data, stage, cache_bytes)
     batches = iterate(plan, source, config.num_steps, meta.step, ranks.rank, ranks.world_size, config.accumulate)
     saver = checkpoint.Saver(place, ranks.rank, ranks.world_size, config.keep_checkpoints)
     follower = Follower(config, run, place, ranks.rank)

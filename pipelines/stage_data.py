@@ -1,32 +1,34 @@
 """Embedded data as a training stage reads it: which rows there are, and batches of them by row number.
 
-Modes of one name join by position, checked by key. Slices are read whole, the stage's columns only; what the stage
-prepares from a row is kept, so that data that fits in memory is read and tokenised once.
+Modes of one name join by position, checked by key. Slices are read whole, the stage's columns only, before the plan
+comes to them; what the stage prepares from a row is kept, so that data that fits in memory is read and tokenised once.
 """
 
 from __future__ import annotations
 
 import threading
 import zlib
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from nexusgen.errors import FingerprintError, InputError
 from nexusgen.model.manifest import Manifest
 from nexusgen.schema import TASKS, EmbedMode
 from pipelines import embedded, storage
-from pipelines.batches import Rows, RowTable
+from pipelines.batches import RankStep, Rows, RowTable
 from pipelines.checkpoint import DataInput
 from pipelines.embedded import EmbeddedManifest, SliceInfo
 from pipelines.loaded_slice import LoadedSlice, columns_of
+from pipelines.slice_cache import SliceCache
 from pipelines.stages import AnyStage, Stage
 
 MAX_CACHE_BYTES = 1_500_000_000  # of slices and what was prepared from them, per training process
+TOKEN_BYTES = 64  # in memory, of a tokenised conversation: id, label and position, as numbers of 8 bytes; and its text
 
 PreparedT = TypeVar("PreparedT")
 BatchT = TypeVar("BatchT")
@@ -46,8 +48,8 @@ class StageData:
     @property
     def train_table(self) -> RowTable:
         """The table of the training rows; the plan's row i is row `train[i]` here."""
-        columns = (self.table.lengths, self.table.tasks, self.table.slices)
-        return RowTable(*(column[self.train] for column in columns))
+        of_rows = [column[self.train] for column in (self.table.lengths, self.table.tasks, self.table.slices)]
+        return RowTable(of_rows[0], of_rows[1], of_rows[2], self.table.slice_bytes)
 
     @property
     def digest(self) -> str:
@@ -64,6 +66,7 @@ def open_data(
     Raises: InputError if data, modes, columns or usable rows are missing; FingerprintError if another encoder made it.
     """
     slices: list[dict[EmbedMode, SliceInfo]] = []
+    slice_bytes: list[int] = []
     columns: dict[str, list[Any]] = {"lengths": [], "tasks": [], "slices": [], "places": [], "hashes": []}
     inputs: list[DataInput] = []
     for name in names:
@@ -73,7 +76,7 @@ def open_data(
             uri = embedded.folder_of(storage_uri, name, mode)
             inputs.append(DataInput(name=f"{name}/{mode}", uri=uri, digest=manifest.digest, run_id=manifest.run_id))
         for group in _join_slices(name, manifests):
-            header = _read_header(group, stage)
+            header, num_bytes = _read_header(group, stage)
             lengths = stage.lengths(header)
             tasks = np.array([TASKS.index(task) for task in header["task"].to_pylist()])
             usable = np.flatnonzero((lengths > 0) & np.isin(tasks, [TASKS.index(task) for task in stage.tasks]))
@@ -84,6 +87,7 @@ def open_data(
             columns["places"].append(usable)
             columns["hashes"].append(np.array([zlib.crc32(keys[place].encode()) for place in usable], dtype=np.int64))
             slices.append(group)
+            slice_bytes.append(num_bytes)
     joined = {name: np.concatenate([np.zeros(0, np.int64), *parts]) for name, parts in columns.items()}
     is_validation = joined["hashes"] >= (1 - validation_fraction) * 2**32
     if not (~is_validation).any():
@@ -93,7 +97,7 @@ def open_data(
         )
     return StageData(
         slices=tuple(slices),
-        table=RowTable(joined["lengths"], joined["tasks"], joined["slices"]),
+        table=RowTable(joined["lengths"], joined["tasks"], joined["slices"], np.array(slice_bytes, dtype=np.int64)),
         places=joined["places"],
         train=np.flatnonzero(~is_validation),
         validation=np.flatnonzero(is_validation),
@@ -131,66 +135,93 @@ def _join_slices(name: str, manifests: dict[EmbedMode, EmbeddedManifest]) -> lis
     return [{mode: by_mode[mode][n] for mode in by_mode} for n, info in by_mode[first].items() if info.num_rows]
 
 
-def _read_header(group: dict[EmbedMode, SliceInfo], stage: type[AnyStage]) -> dict[str, pa.ChunkedArray]:
-    """The small columns of a slice: key, task, length, and the grids of the stage's roles."""
+def _read_header(group: dict[EmbedMode, SliceInfo], stage: type[AnyStage]) -> tuple[dict[str, pa.ChunkedArray], int]:
+    """The small columns of a slice (key, task, length, and the grids of the stage's roles), and its bytes in memory."""
     header: dict[str, pa.ChunkedArray] = {}
+    num_bytes = 0
     for mode, info in group.items():
-        wanted = ["key", "task", "num_tokens", *(f"{role}_grid" for role in stage.roles[mode])]
-        table = _read_columns(info, wanted)
+        wanted = ["key", "task", "num_tokens"]
+        wanted += [f"{role}_{part}" for role in stage.roles[mode] for part in ("grid", "dtype")]
+        table, sizes = embedded.read_small_columns(info, wanted)
+        _check_columns(info, table, wanted)
         header |= {column: table[column] for column in wanted}
-    return header
+        for role in stage.roles[mode]:
+            is_int8 = "int8" in pc.unique(table[f"{role}_dtype"]).to_pylist()
+            num_bytes += sizes.get(f"{role}_data", 0) * (1 + 4 * is_int8)  # as stored, and as float32
+    return header, num_bytes + int(pc.sum(header["num_tokens"]).as_py() or 0) * TOKEN_BYTES
 
 
 def _read_columns(info: SliceInfo, columns: Sequence[str]) -> pa.Table:
     table = embedded.read_slice(info, columns=columns)
+    _check_columns(info, table, columns)
+    return table
+
+
+def _check_columns(info: SliceInfo, table: pa.Table, columns: Sequence[str]) -> None:
     missing = [column for column in columns if column not in table.column_names]
     if missing:
         raise InputError(
             f"{info.uri} lacks the columns {', '.join(missing)} that the stage reads: "
             "embed the data again with `nexusgen embed`"
         )
-    return table
 
 
 class StageSource(Generic[PreparedT, BatchT]):
-    """Batches of a stage; slices and prepared samples are kept, least recently used dropped first.
+    """Batches of a stage. Slices and what was prepared of their rows are kept within a budget.
 
     The loop's validation and the thread that makes its batches share one source.
     """
 
-    def __init__(self, data: StageData, stage: Stage[PreparedT, BatchT]) -> None:
+    def __init__(self, data: StageData, stage: Stage[PreparedT, BatchT], cache_bytes: int | None = None) -> None:
+        """Raises, later: InputError if a slice can't be read or lacks something."""
         self._data, self._stage = data, stage
-        self._slices: OrderedDict[int, LoadedSlice[PreparedT]] = OrderedDict()
-        self._num_bytes: dict[int, int] = {}
+        sizes = data.table.slice_bytes.tolist()
+        self._cache = SliceCache(self._load, sizes, MAX_CACHE_BYTES if cache_bytes is None else cache_bytes)
+        self._kept: dict[int, PreparedT] = {}
         self._lock = threading.Lock()
 
     def batch(self, rows: Rows) -> BatchT:
         """The batch of the plan's `rows`, which number the training rows. Raises: InputError if one can't be used."""
-        return self._stage.collate(self.samples(self._data.train[rows]))
+        numbers = self._data.train[rows]
+        slices = {number: self._cache.get(number) for number in self._slices_of(numbers)}
+        in_slices, places = self._data.table.slices[numbers].tolist(), self._data.places[numbers].tolist()
+        return self._stage.collate(
+            [slices[number].prepared(place) for number, place in zip(in_slices, places, strict=True)]
+        )
+
+    def ahead(self, steps: Iterator[RankStep]) -> Generator[RankStep, None, None]:
+        """The same steps; slices of later ones are read while one is used."""
+        return self._cache.ahead(steps, lambda step: self._slices_of(self._data.train[np.concatenate(step.parts)]))
 
     def samples(self, numbers: Rows) -> list[PreparedT]:
-        """Prepared samples of any rows of the data, in the order of their `numbers`. Raises: as `batch`."""
+        """Prepared samples of any rows of the data, in the order of their `numbers`, which are kept: a training looks
+        at the same few again and again. Raises: as `batch`.
+        """
         with self._lock:
-            return [found.prepared(place) for found, place in self._find(numbers)]
+            missing = np.array([number for number in numbers.tolist() if number not in self._kept], dtype=np.int64)
+            for number in self._slices_of(missing):
+                rows = missing[self._data.table.slices[missing] == number]
+                found = self._load(number, self._data.places[rows])
+                self._kept |= {row: found.prepared(place) for place, row in enumerate(rows.tolist())}
+            return [self._kept[number] for number in numbers.tolist()]
 
     def keys(self, rows: Rows) -> list[str]:
         """The keys of the samples of the plan's `rows`, to name them in a message."""
-        with self._lock:
-            return [found.keys[place] for found, place in self._find(self._data.train[rows])]
+        numbers = self._data.train[rows]
+        known = {
+            number: _read_columns(next(iter(self._data.slices[number].values())), ["key"])["key"].to_pylist()
+            for number in self._slices_of(numbers)
+        }
+        in_slices, places = self._data.table.slices[numbers].tolist(), self._data.places[numbers].tolist()
+        return [known[number][place] for number, place in zip(in_slices, places, strict=True)]
 
-    def _find(self, numbers: Rows) -> list[tuple[LoadedSlice[PreparedT], int]]:
-        """The slice of each row, and its place there."""
-        slices, places = self._data.table.slices[numbers].tolist(), self._data.places[numbers].tolist()
-        needed = {number: self._slice(number) for number in sorted(set(slices))}
-        return [(needed[number], place) for number, place in zip(slices, places, strict=True)]
+    def _slices_of(self, numbers: Rows) -> list[int]:
+        return np.unique(self._data.table.slices[numbers]).tolist()
 
-    def _slice(self, number: int) -> LoadedSlice[PreparedT]:
-        if number not in self._slices:
-            group = self._data.slices[number]
-            tables = {mode: _read_columns(info, columns_of(self._stage, mode)) for mode, info in group.items()}
-            self._slices[number] = LoadedSlice(tables, self._stage, next(iter(group.values())).uri)
-            self._num_bytes[number] = 2 * sum(table.nbytes for table in tables.values())  # as read, and as prepared
-            while len(self._slices) > 1 and sum(map(self._num_bytes.__getitem__, self._slices)) > MAX_CACHE_BYTES:
-                self._slices.popitem(last=False)
-        self._slices.move_to_end(number)
-        return self._slices[number]
+    def _load(self, number: int, places: Rows | None = None) -> LoadedSlice[PreparedT]:
+        """A slice, or some of its rows in memory of their own."""
+        group = self._data.slices[number]
+        tables = {mode: _read_columns(info, columns_of(self._stage, mode)) for mode, info in group.items()}
+        if places is not None:
+            tables = {mode: table.take(pa.array(places)) for mode, table in tables.items()}
+        return LoadedSlice(tables, self._stage, next(iter(group.values())).uri)

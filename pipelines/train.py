@@ -24,7 +24,7 @@ from nexusgen.flow_matching import LevelDensity
 from nexusgen.model.manifest import Manifest, read_manifest
 from nexusgen.schema import Task
 from pipelines import checkpoint, storage, tracking
-from pipelines.batches import BatchRule, Plan, check_world_size
+from pipelines.batches import SHUFFLE_BYTES, BatchRule, Plan, check_world_size
 from pipelines.checkpoint import Checkpoint
 from pipelines.loop import Ranks, open_training, run_training
 from pipelines.lora import LoraConfig
@@ -50,6 +50,7 @@ class TrainConfig(Config):
     batch_tokens: int | None = Field(default=None, ge=1)  # if set, a step's budget of padded tokens, in their place
     mixture: dict[Task, float] | None = None  # shares of the tasks in a step; null: as the data has them
     virtual_streams: int = Field(default=2, ge=1)  # a step is cut into so many parts; num_workers must divide it
+    window_gb: float = Field(default=SHUFFLE_BYTES / 2**30, gt=0)  # of slices whose rows are mixed; a worker holds two
 
     learning_rate: float = Field(default=2e-3, gt=0)
     warmup_steps: int = Field(default=50, ge=0)
@@ -112,7 +113,11 @@ class TrainConfig(Config):
         """The rule that batches are formed by."""
         samples = self.batch_samples if self.batch_tokens is None else None
         return BatchRule(
-            samples=samples, tokens=self.batch_tokens, mixture=self.mixture, virtual_streams=self.virtual_streams
+            samples=samples,
+            tokens=self.batch_tokens,
+            mixture=self.mixture,
+            virtual_streams=self.virtual_streams,
+            window_bytes=max(1, round(self.window_gb * 2**30)),
         )
 
 
@@ -121,6 +126,7 @@ _FREE_KEYS = {
     "storage",
     "model",  # its fingerprint is compared instead
     "data",  # its digest, in the plan's
+    "window_gb",  # in the plan's digest, where it matters
     "num_workers",
     "max_restarts",
     "parallelism",
@@ -214,7 +220,7 @@ def _check_same_training(config: TrainConfig, plan: Plan, manifest: Manifest, fo
     if found.meta.base_fingerprint != manifest.fingerprint:
         differences.append(f"the model was {found.meta.base_fingerprint[:12]}, now {manifest.fingerprint[:12]}")
     if not differences and found.meta.plan_digest != plan.digest:
-        differences.append("the embedded data has changed")
+        differences.append("the embedded data has changed, or window_gb")
     if differences:
         raise ConfigError(
             f"{found.uri} belongs to another training of name={config.name} stage={config.stage}: "

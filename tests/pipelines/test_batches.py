@@ -1,24 +1,32 @@
 from __future__ import annotations
 
+import hashlib
 import itertools
+import time
+from collections import Counter
+from collections.abc import Generator, Iterator
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from pydantic import ValidationError
 
 from nexusgen.errors import ConfigError, InputError
-from nexusgen.schema import TASKS
+from nexusgen.schema import TASKS, Task
 from pipelines.batches import (
     SHUFFLE_ROWS,
     Batch,
     BatchRule,
     Plan,
+    RankStep,
     Rows,
     RowTable,
     check_world_size,
     iterate,
     plan_epoch,
 )
+from pipelines.slice_cache import SliceCache
 
 
 def make_table(num_rows: int, seed: int = 0) -> RowTable:
@@ -130,6 +138,100 @@ def test_shuffling_uses_few_slices_at_a_time() -> None:
     assert not np.array_equal(np.sort(rows[:50]), np.arange(rows[:50].min(), rows[:50].min() + 50))
 
 
+EIGHTS: dict[Task, float] = {"generation": 4, "editing": 3, "understanding": 1}
+
+
+@pytest.mark.parametrize(
+    ("values", "digest", "steps"),
+    [
+        ({"samples": 24}, "e034b84d1863981c", "18e6e9797e16cba6"),
+        ({"tokens": 3000}, "2e5c307a302843cd", "4d50cba8d4f99a14"),
+        ({"tokens": 2000, "mixture": {"generation": 3, "understanding": 1}}, "215e75aa6b7e7d4b", "40574472b0e3c67d"),
+    ],
+)
+def test_plans_of_small_data_are_those_of_earlier_versions(values: dict[str, Any], digest: str, steps: str) -> None:
+    rng = np.random.default_rng(0)
+    columns = (rng.integers(5, 200, 20_000), rng.choice(3, 20_000, p=[0.2, 0.5, 0.3]), np.arange(20_000) // 100 * 7)
+    for slice_bytes in (np.zeros(0, np.int64), np.full(1400, 1_000_000)):
+        plan = Plan(RowTable(*columns, slice_bytes=slice_bytes), BatchRule(**values), 3, "d")
+        assert plan.digest.startswith(digest)
+        rows = [rows.tobytes() for step in itertools.islice(plan.steps(), 200) for rows in step.streams]
+        assert hashlib.sha256(b"".join(rows)).hexdigest().startswith(steps)
+
+
+def heavy_table(num_slices: int = 128, rows_per_slice: int = 40) -> RowTable:
+    """Slices of one task each, in EIGHTS' shares, of 50 to 100 MB; not all rows are for training."""
+    num_rows = num_slices * rows_per_slice
+    rng = np.random.default_rng(1)
+    of_slices = [TASKS.index(task) for task, share in EIGHTS.items() for _ in range(round(share * num_slices / 8))]
+    slices = np.arange(num_rows) // rows_per_slice
+    kept = rng.random(num_rows) < 0.9
+    lengths = rng.integers(5, 200, num_rows)
+    table = RowTable(lengths[kept], np.array(of_slices)[slices][kept], slices[kept])
+    return replace(table, slice_bytes=rng.integers(50, 100, num_slices) * 10**6)
+
+
+HEAVY_RULES = [
+    BatchRule(samples=24),
+    BatchRule(tokens=2000),
+    BatchRule(samples=24, mixture=EIGHTS),
+    BatchRule(tokens=2000, mixture=EIGHTS),
+    BatchRule(samples=24, window_bytes=1),  # a slice at a time
+    BatchRule(tokens=2000, window_bytes=1, mixture=EIGHTS),
+]
+
+
+@pytest.mark.parametrize("rule", HEAVY_RULES)
+def test_heavy_slices_are_read_once_in_an_epoch_within_two_windows(rule: BatchRule) -> None:
+    table = heavy_table()
+    plan = Plan(table, rule, seed=2, data_digest="d")
+    assert table.slice_bytes.sum() > 10 * plan.num_window_bytes
+    steps = list(itertools.takewhile(lambda planned: planned.epoch < 1, plan.steps()))
+    seen = np.concatenate([step.rows for step in steps])
+    assert abs(len(seen) - len(table)) < 100  # the mixture is that of the data
+    loads: list[int] = []
+    cache = SliceCache(
+        lambda number: loads.append(number) or number, table.slice_bytes.tolist(), 2 * plan.num_window_bytes
+    )
+
+    def slices_of(step: Any) -> list[int]:
+        return np.unique(table.slices[step.rows]).tolist()
+
+    for step in cache.ahead(iter(steps), slices_of):
+        assert [cache.get(number) for number in slices_of(step)] == slices_of(step)
+        assert cache.num_bytes <= 2 * plan.num_window_bytes
+    counts = Counter(loads)
+    assert len(counts) == len(table.slice_bytes)
+    if rule.mixture is None:
+        assert set(counts.values()) == {1}
+    else:  # shares aren't quite those of the rows, so the first few rows of a task come round again
+        assert sum(counts.values()) <= len(counts) + 6
+
+
+def test_slices_of_the_next_window_are_read_while_this_one_is_used() -> None:
+    table = heavy_table()
+    plan = Plan(table, BatchRule(samples=24), seed=2, data_digest="d")
+    steps = list(itertools.takewhile(lambda planned: planned.epoch < 1, plan.steps()))
+    of_steps = [np.unique(table.slices[step.rows]).tolist() for step in steps]
+    loads: set[int] = set()
+    cache = SliceCache(loads.add, table.slice_bytes.tolist(), 2 * plan.num_window_bytes, num_threads=1)
+    for at, numbers in enumerate(cache.ahead(iter(of_steps), lambda numbers: numbers)):
+        while not cache._kept.keys() <= loads:
+            time.sleep(0)  # until all that was begun is there
+        coming = {number for later in of_steps[at : at + 5] for number in later}  # a window has some 9 steps
+        assert coming <= loads
+        assert set(numbers) <= loads
+
+
+def test_only_heavy_data_has_its_bytes_in_the_digest() -> None:
+    heavy, small = heavy_table(), make_table(5000)
+    for table, is_heavy in ((heavy, True), (replace(small, slice_bytes=np.full(20, 10**6)), False)):
+        rules = [BatchRule(samples=24, window_bytes=size) for size in (1 << 28, 1 << 29)]
+        digests = {Plan(table, rule, 0, "d").digest for rule in rules}
+        digests.add(Plan(replace(table, slice_bytes=table.slice_bytes + 1), rules[0], 0, "d").digest)
+        assert len(digests) == (3 if is_heavy else 1)
+
+
 def test_uneven_workers_and_unclear_rules_are_refused() -> None:
     check_world_size(4, 2)
     with pytest.raises(ConfigError, match="virtual_streams"):
@@ -148,6 +250,9 @@ class ListSource:
 
     def __init__(self, fails_at: int | None = None) -> None:
         self.num_made, self.fails_at = 0, fails_at
+
+    def ahead(self, steps: Iterator[RankStep]) -> Generator[RankStep, None, None]:
+        yield from steps
 
     def batch(self, rows: Rows) -> list[int]:
         self.num_made += 1

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from tiny_training import (
     LATENT_SIZE,
     NUM_REFERENCE_TOKENS,
     NUM_TARGET_TOKENS,
+    make_embedded,
     write_mode,
 )
 
@@ -21,7 +25,11 @@ from nexusgen.flow_matching import inference_sigmas
 from nexusgen.losses import total_loss
 from nexusgen.model.manifest import read_manifest
 from nexusgen.positions import flux_token_ids
-from pipelines.stage_data import StageSource, open_data
+from nexusgen.schema import Task
+from pipelines import embedded
+from pipelines.batches import BatchRule, Plan, iterate
+from pipelines.loaded_slice import columns_of
+from pipelines.stage_data import TOKEN_BYTES, StageSource, open_data
 from pipelines.stages import (
     STAGES,
     AutoregressiveStage,
@@ -63,6 +71,86 @@ def test_rows_are_found_once_and_split_by_key(storage_uri: str, model: Path) -> 
     assert len(data.train_table) == len(data.train)
     assert [entry.name for entry in data.inputs] == ["tiny/vision"]
     assert data.inputs[0].run_id == "embed-vision"
+
+
+def count_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts, from now on, how often each file of a slice is read."""
+    reads: Counter[str] = Counter()
+    plain = embedded.read_slice
+
+    def counted(info: Any, columns: Any = None, row_groups: Any = None) -> Any:
+        reads[info.uri] += 1
+        return plain(info, columns, row_groups)
+
+    monkeypatch.setattr(embedded, "read_slice", counted)
+    return reads
+
+
+MIXTURE: dict[Task, float] = {"generation": 1, "editing": 1, "understanding": 1}
+
+
+@pytest.mark.parametrize("mixture", [None, MIXTURE])
+@pytest.mark.parametrize("values", [{"samples": 6}, {"tokens": 200}])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_rank_reads_heavy_slices_once_in_an_epoch(
+    tmp_path: Path,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mixture: dict[Task, float] | None,
+    values: dict[str, Any],
+    world_size: int,
+) -> None:
+    """Slices of 8 rows, each of one task; two windows of 3 slices are all that may be kept."""
+    make_embedded(str(tmp_path), "tiny", model, num_samples=240, rows_per_slice=8, task_by_task=True)
+    stage, data, _ = open_stage("ar", str(tmp_path), model, validation_fraction=0.0)
+    size = int(data.table.slice_bytes.max())
+    rule = BatchRule(**values, mixture=mixture, window_bytes=3 * size)
+    plan = Plan(data.train_table, rule, 0, data.digest)
+    num_steps = sum(1 for _ in itertools.takewhile(lambda step: step.epoch < 1, plan.steps()))
+    plenty = StageSource(data, stage)
+    for rank in range(world_size):
+        reads = count_reads(monkeypatch)
+        source = StageSource(data, stage, 2 * plan.num_window_bytes)
+        seen = Counter[int]()
+        for batch in iterate(plan, source, num_steps, 0, rank, world_size):
+            (micro,) = batch.micro_batches
+            seen.update(batch.planned.rows.tolist())
+            (rows,) = batch.planned.rows_of(rank, world_size)
+            same = plenty.batch(rows if len(rows) else batch.planned.rows[:1])
+            assert torch.equal(micro.content.input_ids, same.input_ids)
+            assert torch.equal(micro.content.target_embeddings, same.target_embeddings)
+        monkeypatch.undo()
+        assert set(seen.values()) == {1}
+        assert len(seen) == 240
+        own = Counter({uri: count - (rank == 0) for uri, count in reads.items()})  # `plenty` read them once
+        assert own == Counter({group["vision"].uri: 1 for group in data.slices})
+
+
+def test_bytes_of_slices_are_those_in_memory(storage_uri: str, model: Path) -> None:
+    name: StageName
+    for name in STAGES:
+        stage, data, _ = open_stage(name, storage_uri, model)
+        for group, num_bytes in zip(data.slices, data.table.slice_bytes, strict=True):
+            tables = [embedded.read_slice(info, columns_of(stage, mode)) for mode, info in group.items()]
+            as_read = sum(table.nbytes for table in tables)
+            (tokens,) = {sum(embedded.read_slice(info)["num_tokens"].to_pylist()) for info in group.values()}
+            assert 0.8 * as_read < num_bytes - TOKEN_BYTES * tokens < 1.2 * as_read
+
+
+def test_samples_that_are_looked_at_again_are_kept(
+    storage_uri: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, data, source = open_stage("ar", storage_uri, model)
+    reads = count_reads(monkeypatch)
+    first = source.samples(data.validation[:4])
+    again = source.samples(data.validation[:6])
+    assert max(reads.values()) <= 2
+    reads.clear()
+    assert all(ours is theirs for ours, theirs in zip(source.samples(data.validation[:4]), first, strict=True))
+    assert all(ours is theirs for ours, theirs in zip(again, first, strict=False))
+    assert not reads
+    rows = np.array([3, 17, 0])
+    assert source.keys(rows) == [f"sample-{number:04d}" for number in data.train[rows]]
 
 
 def test_the_decoder_uses_samples_with_a_target_only(storage_uri: str, model: Path) -> None:

@@ -15,6 +15,7 @@ from nexusgen.errors import ConfigError, FingerprintError, ModelError, ResourceE
 from nexusgen.model.manifest import read_manifest
 from nexusgen.model.weights import assemble_model, load_model
 from pipelines import checkpoint
+from pipelines.batches import BatchRule
 from pipelines.follow import StepRecord
 from pipelines.loop import Ranks, learning_rate_at, run_training
 from pipelines.stages import STAGES
@@ -159,5 +160,7 @@ def test_data_names_default_to_the_project() -> None:
     assert TrainConfig(**values).data_names == ["n"]
     assert TrainConfig(**values, data="a").data_names == ["a"]
     assert TrainConfig(**values, data=["a", "b"]).data_names == ["a", "b"]
+    assert TrainConfig(**values).batch_rule == BatchRule(samples=24)
+    assert TrainConfig(**values, window_gb=8).batch_rule.window_bytes == 8 * 2**30
     rule = TrainConfig(**values, batch_tokens=500).batch_rule
     assert (rule.samples, rule.tokens) == (None, 500)

@@ -68,10 +68,19 @@ def make_tiny_model(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def make_embedded(storage_uri: str, name: str, model: Path, num_samples: int = 60, rows_per_slice: int = 16) -> None:
-    """Embedded data of all modes: three tasks in turn, texts of unequal length, learnable targets."""
+def make_embedded(
+    storage_uri: str,
+    name: str,
+    model: Path,
+    num_samples: int = 60,
+    rows_per_slice: int = 16,
+    task_by_task: bool = False,
+) -> None:
+    """Embedded data of all modes: three tasks, in turn or one after another; texts of unequal length, learnable
+    targets."""
     tokenizer = load_tokenizer(model / "autoregressive")
-    rows = [_row(number, tokenizer) for number in range(num_samples)]
+    order = sorted(range(num_samples), key=lambda number: number % 3) if task_by_task else range(num_samples)
+    rows = [_row(number, tokenizer) for number in order]
     fingerprints = read_manifest(model).fingerprints
     write_mode(storage_uri, name, "vision", fingerprints["vision"], rows, rows_per_slice)
     write_mode(storage_uri, name, "latents", fingerprints["vae"], rows, rows_per_slice)
