@@ -109,8 +109,8 @@ class VisionEncoder:
 class PredictionEncoder(VisionEncoder):
     """A trained autoregressive model's own predictions, for the editing decoder: roles `reference` and `predicted`.
 
-    `reference` is the vision tower's view, at reference size, of what the user shows in a conversation whose assistant
-    draws; `predicted` comes from one teacher-forced forward over that conversation, its images at input size as in
+    Of edits alone: without a reference there is nothing for that decoder to learn. `reference` is the vision tower's
+    view, at reference size, of what the user shows; `predicted` comes from one teacher-forced forward over that conversation, its images at input size as in
     stage ar and at inference, so that the decoder learns from what it will be given. (The released preparation shows
     them at reference size here, too: at the released sizes nearly the same.)
     Source: Nexus-Gen's editing decoder is trained on such predictions (arXiv 2504.21356, section 3.3).
@@ -124,7 +124,7 @@ class PredictionEncoder(VisionEncoder):
         self.pad_token_id = pad_token_id
 
     def roles_of(self, speaker: str, task: Task) -> tuple[str, ...]:
-        return (INPUT_ROLE, REFERENCE_ROLE) if speaker == "user" and task != "understanding" else ()
+        return (INPUT_ROLE, REFERENCE_ROLE) if speaker == "user" and task == "editing" else ()
 
     @torch.no_grad()
     def predict(
@@ -295,7 +295,7 @@ def encode_slice(
         places.append(
             [(role, i, batcher.add(picture)) for i, one in enumerate(ready) for role, picture in one.pictures.items()]
         )
-        is_predicted = PREDICTED_ROLE in encoder.roles and sample.task != "understanding"
+        is_predicted = PREDICTED_ROLE in encoder.roles and sample.task == "editing"
         conversations.append(conversation if is_predicted else None)
     batcher.flush()
     entries = [[(role, index, batcher.encoded[place]) for role, index, place in of_row] for of_row in places]

@@ -98,12 +98,12 @@ def test_a_job_embeds_or_accounts_for_every_sample_and_redoes_only_what_changed(
     assert shape_of(tmp_path, "latents") == shape_of(tmp_path, "vision")
     assert keys_of(tmp_path, "latents") == keys_of(tmp_path, "vision")
 
-    # The third mode, in int8: a trained model's predictions of what the assistant draws, and how well they are stored.
+    # The third mode, in int8: a trained model's predictions of edited pictures, and how well they are stored.
     predicted = embed(a_config(tmp_path, base, "predicted", max_quarantine_fraction=1, dtype="int8", decode_threads=2))
     assert shape_of(tmp_path, "predicted") == shape_of(tmp_path, "vision")
     first_two = embedded.list_slices(storage_uri, "n", "predicted")[:2]
     rows = [row for info in first_two for row in embedded.read_slice(info).to_pylist()]
-    assert [(row["reference_index"], row["predicted_index"]) for row in rows] == [([], [0]), ([0], [1]), ([], [])]
+    assert [(row["reference_index"], row["predicted_index"]) for row in rows] == [([], []), ([0], [1]), ([], [])]
     assert predicted.outputs["fingerprint"] == read_manifest(base).fingerprints["autoregressive"]
     assert predicted.outputs["data/int8_cosine"] > 0.9999
     assert client.get_run(predicted.outputs["run_id"]).data.metrics["data/int8_mse"] > 0
