@@ -3,6 +3,7 @@
 A tiny model, two workers (gloo), checkpoints every 20 steps. Each stage is trained once undisturbed, on two plain
 processes, and once on Ray Train, where a worker drawn from a seed is killed (SIGKILL) at steps drawn from the seed.
 Compared are the losses of every step, those that were replayed included, as MLflow has them, and the final weights.
+Then the tracking server is killed for a minute in the middle of a training; its history is compared with the local log.
 
     python benchmarks/chaos_train.py [--quick] [--json] [--seed N]
 """
@@ -26,6 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "pipelines")]
 import psutil  # noqa: E402 (the project's own folders come first)
 import torch  # noqa: E402
 from test_loop import run_ranks, weights_of  # noqa: E402
+from test_outage import train_through_outage  # noqa: E402
 from test_train import make_config  # noqa: E402
 from tiny_training import make_embedded, make_tiny_model  # noqa: E402
 
@@ -39,6 +41,7 @@ from pipelines.train import train  # noqa: E402
 NUM_WORKERS = 2
 CHECKPOINT_EVERY = 20
 STEPS_PER_KILL = 60
+OUTAGE_S, QUICK_OUTAGE_S = 60.0, 5.0
 
 
 class Killer(threading.Thread):
@@ -112,10 +115,24 @@ def run_stage(report: Report, stage: StageName, folder: Path, num_kills: int, ch
     return len(killer.killed_at)
 
 
+def run_outage(report: Report, folder: Path, outage_s: float) -> None:
+    """Train while the tracking server is away, and compare what it has afterwards with the worker's own log."""
+    outage = train_through_outage(folder, outage_s)
+    what = f"MLflow killed for {outage_s:g} s"
+    report.tell(f"{what}: steps of the training", outage.num_steps)
+    report.at_least(f"{what}: steps while it was away", outage.back_at - outage.killed_at, 1)
+    report.at_least(f"{what}: steps after it was back", outage.num_steps - outage.back_at, 1)
+    report.at_most(f"{what}: runs beside the one that finished", len(outage.statuses) - 1, 0)
+    report.at_least(f"{what}: runs that finished", outage.statuses.count("FINISHED"), 1)
+    report.at_most(f"{what}: steps whose loss is missing", len(outage.missing_steps), 0)
+    report.tell(f"{what}: metrics compared", len(outage.logged))
+    report.at_most(f"{what}: metrics that differ from the local log in a step", len(outage.differing), 0)
+
+
 def main() -> int:
     """Parse the command line, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="one kill, stage ar alone")
+    parser.add_argument("--quick", action="store_true", help="one kill, stage ar alone; the server is away for 5 s")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--seed", type=int, default=0, help="of the kills")
     arguments = parser.parse_args()
@@ -130,6 +147,8 @@ def main() -> int:
         make_embedded(str(folder / "storage"), "tiny", folder / "model")
         killed = sum(run_stage(report, stage, folder, count, chance) for stage, count in kills.items())
     report.at_least("workers killed in all", killed, sum(kills.values()))
+    with tempfile.TemporaryDirectory(prefix="nexusgen-outage-") as name:
+        run_outage(report, Path(name), QUICK_OUTAGE_S if arguments.quick else OUTAGE_S)
     return report.finish(arguments.json)
 
 
