@@ -79,8 +79,8 @@ class RoadConfig(Config):
         embeds = (self.embed_vision, self.embed_latents, self.embed_predicted)
         editing = self.train_editing_decoder
         return SPARE_CPUS + max(
-            sum(one.num_workers * one.cpus_per_worker for one in trainings),
-            editing.num_workers * editing.cpus_per_worker,
+            sum(one.min_workers * one.cpus_per_worker for one in trainings),
+            editing.min_workers * editing.cpus_per_worker,
             max(one.num_encoders for one in embeds),
             self.evaluate.num_actors * self.evaluate.actor_cpus,
         )

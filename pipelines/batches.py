@@ -1,8 +1,8 @@
 """From embedded rows to batches: a pure plan says which rows a step takes, an iterator reads them in that order.
 
 The plan knows only lengths, tasks and slices of the rows, a seed and a rule; the samples of a step never depend on the
-number of workers. Each step is cut into V virtual streams, and a rank of W takes V/W of them. The position in the data
-is a step of the plan: a resumed run, on the same or another W, sees exactly what is left.
+number of workers. Each step is cut into V virtual streams, of which its micro-batches are made; ranks share those. The
+position in the data is a step of the plan: a resumed run, on any number of ranks, sees exactly what is left.
 
 `iterate` executes the plan by reading slices in a background thread of the training process.
 """
@@ -90,12 +90,20 @@ class PlannedStep:
         """All rows of the step."""
         return np.concatenate(self.streams)
 
-    def rows_of(self, rank: int, world_size: int, num_parts: int = 1) -> list[Rows]:
-        """The rows that one rank takes, in so many parts, one after another."""
-        share = len(self.streams) // (world_size * num_parts)
-        first = rank * num_parts
+    def rows_of(self, rank: int, world_size: int, num_micro_batches: int | None = None) -> list[Rows]:
+        """The micro-batches of the step that one rank takes, one after another; every rank has equally many.
+
+        A step is always cut into the same `num_micro_batches` (default: one for each rank), whoever computes them:
+        fewer ranks take more each. Where they can't be shared evenly, the last ranks get empty ones in their place.
+        """
+        num_micro_batches = num_micro_batches or world_size
+        share = len(self.streams) // num_micro_batches
+        each = -(-num_micro_batches // world_size)
         return [
-            np.concatenate(self.streams[part * share : (part + 1) * share]) for part in range(first, first + num_parts)
+            np.concatenate(self.streams[number * share : (number + 1) * share])
+            if number < num_micro_batches
+            else self.streams[0][:0]
+            for number in range(rank * each, (rank + 1) * each)
         ]
 
 
@@ -355,10 +363,11 @@ def iterate(
     from_step: int,
     rank: int,
     world_size: int,
-    num_micro_batches: int = 1,
+    num_micro_batches: int | None = None,
 ) -> Iterator[Batch[BatchT]]:
     """One rank's batches of the steps from `from_step` to `num_steps`, made ahead in a background thread.
 
+    `num_micro_batches` are those of a whole step, over all ranks; default: one for each.
     What the thread raises is raised here. Closing the iterator ends the thread.
     """
     made: queue.Queue[tuple[PlannedStep, tuple[MicroBatch[BatchT], ...]] | BaseException | None]

@@ -110,9 +110,9 @@ class PredictionEncoder(VisionEncoder):
     """A trained autoregressive model's own predictions, for the editing decoder: roles `reference` and `predicted`.
 
     Of edits alone: without a reference there is nothing for that decoder to learn. `reference` is the vision tower's
-    view, at reference size, of what the user shows; `predicted` comes from one teacher-forced forward over that conversation, its images at input size as in
-    stage ar and at inference, so that the decoder learns from what it will be given. (The released preparation shows
-    them at reference size here, too: at the released sizes nearly the same.)
+    view, at reference size, of what the user shows; `predicted` comes from one teacher-forced forward over the
+    conversation, its images at input size as in stage ar and at inference, so that the decoder learns from what it will
+    be given. (The released preparation shows them at reference size here, too: at the released sizes nearly the same.)
     Source: Nexus-Gen's editing decoder is trained on such predictions (arXiv 2504.21356, section 3.3).
     """
 

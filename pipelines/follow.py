@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nexusgen.losses import LossPart
 from pipelines import storage, tracking
+from pipelines.notices import Notice
 from pipelines.parallel import device_of
 from pipelines.sheets import Cell, draw_sheet
 from pipelines.stage_data import StageData, StageSource
@@ -26,6 +27,12 @@ if TYPE_CHECKING:
 VALIDATION_BATCH = 32
 NUM_PICTURES = 16
 PROGRESS_EVERY_S = 2.0  # rank 0 writes where it is
+REASONS = {
+    Notice.SAVE: "a worker's node will be taken away",
+    Notice.HOLD: "the workers are about to be replaced",
+    Notice.RESTART: "a worker was told to end",
+    Notice.END: "the job was told to end",
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,7 @@ class StepRecord:
     seconds: float
     wait_s: float
     is_skipped: bool = False  # the gradient wasn't finite, or far larger than those before: no weight changed
+    asked: Notice = Notice.NONE  # what is to be done after the step, because a worker is about to end
 
 
 @contextlib.contextmanager
@@ -91,12 +99,19 @@ def draw_pictures(stage: AnyStage, data: StageData, source: StageSource[Any, Any
 class Follower:
     """Metrics of every `log_every` steps into MLflow, and where the training is into progress.json: both by rank 0."""
 
-    def __init__(self, config: TrainConfig, run: tracking.Run | None, place: str, rank: int) -> None:
+    def __init__(
+        self, config: TrainConfig, run: tracking.Run | None, place: str, rank: int, world_size: int = 1
+    ) -> None:
         self._config, self._run, self._place, self._rank = config, run, place, rank
         self._window: deque[StepRecord] = deque(maxlen=config.log_every)
         self._written = 0.0
         self._num_skipped = 0
-        self._progress: dict[str, Any] = {"stage": config.stage, "num_steps": config.num_steps, "cpu_seconds": None}
+        self._progress: dict[str, Any] = {
+            "stage": config.stage,
+            "num_steps": config.num_steps,
+            "workers": world_size,
+            "cpu_seconds": None,
+        }
 
     @property
     def loss(self) -> float:
@@ -122,6 +137,13 @@ class Follower:
         self._run.log_metrics({f"eval/validation/{name}": value for name, value in validation.items()}, step)
         if sheet is not None:
             self._run.log_image(sheet, f"samples/step-{step:06d}.png")
+
+    def tell(self, step: int, asked: Notice) -> None:
+        """Say in the progress that a checkpoint was written after a step because a worker is about to end."""
+        reasons = [reason for notice, reason in REASONS.items() if notice in asked]
+        self._progress["note"] = f"saved at step {step} as {' and '.join(reasons)}"
+        if self._rank == 0:
+            self._write(step)
 
     def finish(self, cpu_seconds: float) -> None:
         """Leave what the driver reports."""

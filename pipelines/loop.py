@@ -7,7 +7,9 @@ gradients are bucketed. Rank 0 logs, validates and writes checkpoints. No Ray he
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import operator
 import statistics
 import time
 from collections import deque
@@ -26,6 +28,7 @@ from pipelines import checkpoint, tracking
 from pipelines.batches import Batch, Plan, iterate
 from pipelines.checkpoint import Meta
 from pipelines.follow import Follower, StepRecord, draw_pictures, forward_precision, validate
+from pipelines.notices import BITS, STOPS, Notice, Notices
 from pipelines.parallel import local, recompute_activations, resolve_precision, set_last_backward, shard_module, whole
 from pipelines.registry import resolve_model
 from pipelines.stage_data import MAX_CACHE_BYTES, StageData, StageSource, open_data
@@ -142,18 +145,21 @@ def training_steps(
     config: TrainConfig,
     ranks: Ranks,
     guard: SpikeGuard,
+    notices: Notices | None = None,
 ) -> Iterator[StepRecord]:
     """Take one optimizer step per batch. Losses and gradients are those of the whole step, whatever the ranks.
 
-    A step that the guard refuses changes no weight.
+    A step that the guard refuses changes no weight. Records bear what `notices` of any rank ask for.
     """
     parameters = [parameter for parameter in stage.module.parameters() if parameter.requires_grad]
     stage.module.train()
+    notices = notices or Notices()
+    step_s = 0.0
     for batch in batches:
         started = time.perf_counter()
         step, rows = batch.planned.step, batch.planned.rows
         optimizer.zero_grad()
-        means = _accumulate_gradients(stage, batch, config, ranks)
+        means, asked = _accumulate_gradients(stage, batch, config, ranks, notices.asked(step_s))
         loss = sum(stage.weights[name] * mean for name, mean in means.items())
         if config.parallelism == "replicated":
             _sum_gradients(parameters, ranks)
@@ -167,6 +173,7 @@ def training_steps(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             optimizer.step()
+        step_s = time.perf_counter() - started + batch.wait_s
         yield StepRecord(
             step=step,
             loss=loss,
@@ -175,15 +182,19 @@ def training_steps(
             learning_rate=learning_rate,
             num_samples=len(rows),
             num_tokens=plan.num_tokens(rows),
-            seconds=time.perf_counter() - started + batch.wait_s,
+            seconds=step_s,
             wait_s=batch.wait_s,
             is_skipped=not is_taken,
+            asked=asked,
         )
 
 
-def _accumulate_gradients(stage: AnyStage, batch: Batch[Any], config: TrainConfig, ranks: Ranks) -> dict[str, float]:
+def _accumulate_gradients(
+    stage: AnyStage, batch: Batch[Any], config: TrainConfig, ranks: Ranks, asked: Notice
+) -> tuple[dict[str, float], Notice]:
     """Backward over this rank's micro-batches; gives the mean of each loss part over the whole step.
 
+    Beside it, what any rank is asked to do after the step: that travels with the counts.
     Global: each part is divided by its terms in the whole step, on all ranks, so that a term weighs the same wherever
     it is. Per rank: by its terms in the micro-batch, and the means are averaged, as transformers' Trainer does it for
     the released model.
@@ -194,8 +205,11 @@ def _accumulate_gradients(stage: AnyStage, batch: Batch[Any], config: TrainConfi
         for micro in batch.micro_batches
     ]
     totals = torch.tensor([[of_micro[name] for name in names] for of_micro in own]).sum(dim=0)
+    totals = torch.cat([totals, torch.tensor([int(bit in asked) for bit in BITS])])
     ranks.sum_(totals)
-    counts = dict(zip(names, totals.tolist(), strict=True))
+    summed_counts = totals.tolist()
+    counts = dict(zip(names, summed_counts[: len(names)], strict=True))
+    bits = [bit for bit, is_asked in zip(BITS, summed_counts[len(names) :], strict=True) if is_asked]
     random = StepRandom(config.seed, batch.planned.step)
     sums = dict.fromkeys(names, 0.0)
     num_micro_batches = len(batch.micro_batches)
@@ -206,14 +220,15 @@ def _accumulate_gradients(stage: AnyStage, batch: Batch[Any], config: TrainConfi
         if config.normalisation == "global":
             divisors = counts
         else:
-            shares = num_micro_batches * ranks.world_size
-            divisors = {name: count * shares for name, count in stage.counts(micro.content).items()}
+            counted = stage.counts(micro.content).items()
+            divisors = {name: count * config.num_micro_batches for name, count in counted}
         (total_loss(parts, stage.weights, divisors) * micro.weight).backward()
         for name, part in parts.items():
             sums[name] += float(part.sum.detach()) * micro.weight
     summed = torch.tensor([sums[name] for name in names], dtype=torch.float64)
     ranks.sum_(summed)
-    return {name: total / max(counts[name], 1) for name, total in zip(names, summed.tolist(), strict=True)}
+    means = {name: total / max(counts[name], 1) for name, total in zip(names, summed.tolist(), strict=True)}
+    return means, functools.reduce(operator.or_, bits, Notice.NONE)
 
 
 def _sum_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
@@ -230,11 +245,16 @@ def _sum_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def run_training(config: TrainConfig, run_id: str, ranks: Ranks, run: tracking.Run | None) -> None:
+def run_training(
+    config: TrainConfig, run_id: str, ranks: Ranks, run: tracking.Run | None, notices: Notices | None = None
+) -> Notice:
     """Train from the last checkpoint, or the beginning, to the last step. Rank 0 may have a `run` to log into.
 
+    A notice of any rank has all of them save after the step that is under way, without looking at held-out samples.
+    Returns why it stopped before the last step, the same on all ranks, with the checkpoint in its place; else NONE.
     Raises: NexusgenError naming the samples if too many steps had to be skipped.
     """
+    notices = notices or Notices()
     config = config.model_copy(update={"precision": resolve_precision(config.precision, ranks.device.type == "cuda")})
     folder = resolve_model(config.model, config.storage)
     manifest = read_manifest(folder)
@@ -265,10 +285,11 @@ def run_training(config: TrainConfig, run_id: str, ranks: Ranks, run: tracking.R
     guard = SpikeGuard(config.max_gradient_ratio, meta.gradient_norms)
     cache_bytes = max(MAX_CACHE_BYTES, 2 * plan.num_window_bytes)
     source: StageSource[Any, Any] = StageSource(data, stage, cache_bytes)
-    batches = iterate(plan, source, config.num_steps, meta.step, ranks.rank, ranks.world_size, config.accumulate)
+    batches = iterate(plan, source, config.num_steps, meta.step, ranks.rank, ranks.world_size, config.num_micro_batches)
     saver = checkpoint.Saver(place, ranks.rank, ranks.world_size, config.keep_checkpoints)
-    follower = Follower(config, run, place, ranks.rank)
-    for record in training_steps(stage, batches, plan, optimizer, config, ranks, guard):
+    follower = Follower(config, run, place, ranks.rank, ranks.world_size)
+    stopped = Notice.NONE
+    for record in training_steps(stage, batches, plan, optimizer, config, ranks, guard, notices):
         step = record.step + 1
         if average is not None and not record.is_skipped:
             average.update(record.step)
@@ -285,22 +306,34 @@ def run_training(config: TrainConfig, run_id: str, ranks: Ranks, run: tracking.R
         if meta.num_skipped > config.max_skipped_steps:
             raise NexusgenError(_too_many_skipped(config, meta, record, source, plan))
         follower.follow(record, meta.num_skipped)
-        if step % config.checkpoint_every and step != config.num_steps:
+        is_due = step % config.checkpoint_every == 0 or step == config.num_steps
+        if not is_due and not record.asked:
             continue
-        with average.applied() if average is not None else contextlib.nullcontext():
-            sheet = None
-            if ranks.rank == 0 or config.parallelism == "fsdp":  # sharded weights come together on all ranks alone
+        started = time.monotonic()
+        sheet = None
+        meta = meta.model_copy(update={"validation": {}})
+        if is_due and (ranks.rank == 0 or config.parallelism == "fsdp"):
+            # Sharded weights come together on all ranks alone.
+            with average.applied() if average is not None else contextlib.nullcontext():
                 meta = meta.model_copy(update={"validation": validate(stage, data, source, config)})
                 sheet = draw_pictures(stage, data, source)
         meta = meta.model_copy(update={"loss_last": follower.loss, "has_ema": average is not None})
         saver.save(stage.module, optimizer, average.tensors if average is not None else None, meta)
-        if ranks.rank == 0:
+        if ranks.rank == 0 and is_due:
             follower.show_validation(step, meta.validation, sheet)
+        if record.asked:
+            saver.wait()
+            notices.save_s = time.monotonic() - started
+            follower.tell(step, record.asked)
+            stopped = record.asked & STOPS if step < config.num_steps else Notice.NONE
+        if stopped:
+            break
     saver.close()
     cpu_seconds = torch.tensor([time.process_time()], dtype=torch.float64)
     ranks.sum_(cpu_seconds)
-    if ranks.rank == 0:
+    if ranks.rank == 0 and not stopped:
         follower.finish(float(cpu_seconds))
+    return stopped
 
 
 def _too_many_skipped(

@@ -11,12 +11,13 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from nexusgen.config import Config, dump_config
 from nexusgen.errors import ConfigError, ModelError, NexusgenError
@@ -28,12 +29,16 @@ from pipelines.batches import SHUFFLE_BYTES, BatchRule, Plan, check_world_size
 from pipelines.checkpoint import Checkpoint
 from pipelines.loop import Ranks, open_training, run_training
 from pipelines.lora import LoraConfig
+from pipelines.notices import Notice, Notices, active
 from pipelines.parallel import resolve_precision
 from pipelines.registry import pin_model, resolve_model
 from pipelines.runtime import CpuMeter, JobReport, ray_cluster
 from pipelines.stages import STAGES, StageName
 
 SHOW_EVERY_S = 10.0  # the driver prints where rank 0 is
+RESIZE_EVERY_S = 60.0  # Ray Train looks whether there is room for another number of workers
+HOLD_S = 120.0  # workers that are to be replaced wait so long beyond the time that was told
+STOP_FILE = "stop.json"  # in a stage's folder: the driver was told to end
 
 
 class TrainConfig(Config):
@@ -71,10 +76,11 @@ class TrainConfig(Config):
     max_skipped_steps: int = Field(default=20, ge=0)  # more of them end the training
     seed: int = 0
 
-    num_workers: int = Field(default=1, ge=1)
+    # [min, max]: as many as there is room for, at any time. A step is cut as for max; fewer take more of it each.
+    num_workers: int | tuple[int, int] = 1
     max_restarts: int = Field(default=3, ge=0)  # of the workers, from the last checkpoint, when one or its node dies
     parallelism: Literal["replicated", "fsdp"] = "replicated"  # of weights, gradients and optimizer
-    accumulate: int = Field(default=1, ge=1)  # micro-batches that a worker makes of its part of a step
+    accumulate: int = Field(default=1, ge=1)  # micro-batches that a worker, of the most, makes of its part of a step
     activation_checkpointing: bool = False  # compute activations again in the backward, for a third more arithmetic
     cpus_per_worker: float = Field(default=0.5, gt=0)  # logical, as Ray counts them
     threads_per_worker: int = Field(default=1, ge=1)
@@ -88,10 +94,18 @@ class TrainConfig(Config):
     dry_run: bool = False  # tell what it takes, and start nothing
     fresh: bool = False  # start over even if a training of this name and stage can be resumed
 
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _check_num_workers(cls, value: Any) -> Any:
+        numbers = list(value) if isinstance(value, list | tuple) else [value, value]
+        if len(numbers) != 2 or not all(type(number) is int for number in numbers) or not 1 <= numbers[0] <= numbers[1]:
+            raise ValueError("wanted a whole number from 1 on, or [min, max] with 1 <= min <= max")
+        return value
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         try:
-            check_world_size(self.virtual_streams, self.num_workers, self.accumulate)
+            check_world_size(self.virtual_streams, self.max_workers, self.accumulate)
         except ConfigError as error:
             raise ValueError(str(error)) from None
         if self.lora is not None and self.stage != "ar":
@@ -100,6 +114,21 @@ class TrainConfig(Config):
                 "leave lora out, or set lora=null"
             )
         return self
+
+    @property
+    def min_workers(self) -> int:
+        """The training waits while there is room for fewer workers."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The training never has more workers."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Into so many micro-batches a step is cut, whatever the number of workers."""
+        return self.max_workers * self.accumulate
 
     @property
     def data_names(self) -> list[str]:
@@ -170,8 +199,8 @@ def train(config: TrainConfig, parent_run_id: str | None = None) -> JobReport:
             _check_same_training(config, plan, manifest, found)
             if found.meta.step >= config.num_steps:
                 return _report(meter.seconds, 0.0, found, resumed_from=found.meta.step)
-        needed = config.num_workers * config.cpus_per_worker
-        why = f"train {config.stage} with {config.num_workers} worker(s) of {config.cpus_per_worker:g} CPU"
+        needed = config.min_workers * config.cpus_per_worker
+        why = f"train {config.stage} with {config.min_workers} worker(s) of {config.cpus_per_worker:g} CPU"
         with (
             ray_cluster(needed, why),
             tracking.job_run(
@@ -195,7 +224,8 @@ def train(config: TrainConfig, parent_run_id: str | None = None) -> JobReport:
             with _shown_progress(config, place):
                 _fit(config, run.run_id, place)
             done = checkpoint.latest(place)
-            assert done is not None
+            if done is None or done.meta.step < config.num_steps:  # told to end, it has saved, and is to say so
+                raise KeyboardInterrupt
             progress = json.loads(storage.read_bytes(storage.join(place, "progress.json")))
             resumed_from = found.meta.step if found is not None else 0
             report = _report(meter.seconds, progress["cpu_seconds"], done, resumed_from)
@@ -256,26 +286,39 @@ def _fit(config: TrainConfig, run_id: str, place: str) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from pipelines.ray_notices import ResizeCallback, SignalCallback, saved_on_sigterm
+
+    stop_uri = storage.join(place, STOP_FILE)
+    storage.delete(stop_uri)  # an earlier driver's
     scratch = storage.join(place, ".ray")  # Ray Train wants a place that all nodes reach; it holds nothing of value
+    # Any: where Ray's types are those of its Train v1.
+    scaling: dict[str, Any] = {
+        "num_workers": config.num_workers,
+        "elastic_resize_monitor_interval_s": RESIZE_EVERY_S,
+    }
+    callbacks: list[Any] = [SignalCallback(), ResizeCallback()]
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"config": config.model_dump(mode="json"), "run_id": run_id},
+        train_loop_config={"config": config.model_dump(mode="json"), "run_id": run_id, "place": place},
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers,
             use_gpu=config.gpus_per_worker > 0,
             resources_per_worker={"CPU": config.cpus_per_worker},
+            **scaling,
         ),
         run_config=RunConfig(
             name=f"{config.stage}-{uuid.uuid4().hex[:8]}",
             storage_path=scratch,
             failure_config=FailureConfig(max_failures=config.max_restarts),
+            callbacks=callbacks,
         ),
         torch_config=TorchConfig(backend="nccl" if config.gpus_per_worker else "gloo"),
     )
     is_main_thread = threading.current_thread() is threading.main_thread()
     on_interrupt = signal.getsignal(signal.SIGINT)
+    told = f"train {config.stage}: SIGTERM; it saves after this step and ends, a second SIGTERM ends it at once"
     try:
-        trainer.fit()
+        with saved_on_sigterm(stop_uri, told):
+            trainer.fit()
     except SystemExit:  # how Ray's own handler of SIGINT, which aborts the workers, ends the driver
         if is_main_thread:
             raise KeyboardInterrupt from None
@@ -289,6 +332,7 @@ def _fit(config: TrainConfig, run_id: str, place: str) -> None:
     finally:
         if is_main_thread and on_interrupt is not None:
             signal.signal(signal.SIGINT, on_interrupt)  # Ray leaves its handler behind
+        storage.delete(stop_uri)
         if not storage.is_remote(scratch):
             shutil.rmtree(storage.local_path(scratch), ignore_errors=True)
 
@@ -298,16 +342,41 @@ def _work(job: Mapping[str, Any]) -> None:
     import ray.train
     import ray.train.torch
 
+    from pipelines.ray_notices import DrainWatch, stop_watched
+
     config = TrainConfig.model_validate(job["config"])
     context = ray.train.get_context()
     device = ray.train.torch.get_device() if config.gpus_per_worker else torch.device("cpu")
     ranks = Ranks(context.get_world_rank(), context.get_world_size(), device)
     torch.set_num_threads(config.threads_per_worker)
-    if ranks.rank != 0:
-        run_training(config, job["run_id"], ranks, None)
+    notices = Notices(DrainWatch().deadline, announces=ranks.rank == 0)
+    with active(notices):
+        with contextlib.ExitStack() as stack:
+            run = None
+            if ranks.rank == 0:
+                run = stack.enter_context(tracking.attach(config.storage, job["run_id"]))
+                stack.enter_context(stop_watched(storage.join(job["place"], STOP_FILE)))
+            stopped = run_training(config, job["run_id"], ranks, run, notices)
+        if stopped:
+            _give_up(stopped, config, ranks, notices)
+
+
+def _give_up(stopped: Notice, config: TrainConfig, ranks: Ranks, notices: Notices) -> None:
+    """End this worker as a training wants it that stopped early. Raises: WorkerStoppedError, to be started again."""
+    ranks.sum_(torch.zeros(1))  # rank 0 has delivered its metrics: nobody is ended before that
+    notices.is_held.set()
+    if Notice.END in stopped:
         return
-    with tracking.attach(config.storage, job["run_id"]) as run:
-        run_training(config, job["run_id"], ranks, run)
+    if Notice.RESTART not in stopped:
+        time.sleep(max(0.0, notices.seconds_left) + HOLD_S)  # Ray Train ends this process before
+    raise WorkerStoppedError(
+        f"train {config.stage}: a worker was told to end (SIGTERM), and max_restarts={config.max_restarts} restarts "
+        f"are used up. All steps are saved: start the training again, it goes on from there"
+    )
+
+
+class WorkerStoppedError(NexusgenError):
+    """A worker ended early, after a checkpoint: a failure in Ray Train's eyes, which starts the workers again."""
 
 
 @contextlib.contextmanager
@@ -342,7 +411,8 @@ def progress_line(stage: str, progress: Mapping[str, Any]) -> str:
     parts = " ".join(f"{name} {value:.4f}" for name, value in progress["losses"].items())
     left = progress["num_steps"] - progress["step"]
     eta_s = left / progress["steps_per_s"] if progress["steps_per_s"] else 0.0
+    note = f"; {progress['note']}" if "note" in progress else ""
     return (
         f"train {stage}: step {progress['step']}/{progress['num_steps']} {parts} "
-        f"{progress['samples_per_s']:.0f} samples/s, {eta_s / 60:.1f} min left"
+        f"{progress['samples_per_s']:.0f} samples/s, {eta_s / 60:.1f} min left{note}"
     )

@@ -47,7 +47,7 @@ class TrainingPlan:
     tokens: int  # of all steps, padding not included
     padding_fraction: float  # of the tokens that are computed
     flops: float  # of all steps
-    gpu_hours: float | None  # with all workers at work; None on CPUs
+    gpu_hours: float | None  # with the most workers at work; None on CPUs
     frozen: int = 0  # parameters of the module that aren't trained
 
     def rows(self) -> list[tuple[str, str]]:
@@ -76,7 +76,8 @@ class TrainingPlan:
 def plan_training(config: TrainConfig) -> TrainingPlan:
     """Plan a training without starting anything.
 
-    Memory: weights, gradients and AdamW's two moments in fp32, divided by the workers that share them. Activations are
+    Memory: weights, gradients and AdamW's two moments in fp32, divided by the workers that share them
+    (the fewest, where their number may change). Activations are
     34 bytes per token, hidden number and layer (Korthikanti et al., arXiv 2205.05198, section 4, without the squares of
     attention), or 2 of them and one whole layer where they are computed again. A step takes 6 operations per parameter
     and computed token, 8 where activations are computed again; 2 less for a frozen one, which has no gradient. Frozen
@@ -90,15 +91,10 @@ def plan_training(config: TrainConfig) -> TrainingPlan:
     hidden, num_layers, vocabulary = _shape(config, folder)
     planned = list(itertools.islice(plan.steps(), min(config.num_steps, MAX_PLANNED_STEPS)))
     real = sum(plan.num_tokens(step.rows) for step in planned)
-    padded = [
-        plan.num_padded_tokens(rows)
-        for step in planned
-        for rank in range(config.num_workers)
-        for rows in step.rows_of(rank, config.num_workers, config.accumulate)
-    ]
+    padded = [plan.num_padded_tokens(rows) for step in planned for rows in step.rows_of(0, 1, config.num_micro_batches)]
     largest = max(padded)
 
-    sharing = config.num_workers if config.parallelism == "fsdp" else 1
+    sharing = config.min_workers if config.parallelism == "fsdp" else 1
     precision = resolve_precision(config.precision, config.gpus_per_worker > 0)
     if config.lora is None:
         parameters, frozen, frozen_bytes = num_trained(config, folder, manifest), 0, 0
@@ -125,7 +121,7 @@ def plan_training(config: TrainConfig) -> TrainingPlan:
     computed = sum(padded) * share
     of_trained = 8 if config.activation_checkpointing else 6
     flops = (of_trained * parameters + (of_trained - 2) * frozen) * computed
-    speed = config.num_workers * GPU_PEAK_FLOPS * GPU_UTILISATION
+    speed = config.max_workers * GPU_PEAK_FLOPS * GPU_UTILISATION
     return TrainingPlan(
         parameters=parameters,
         memory=memory,

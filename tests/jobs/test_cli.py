@@ -540,11 +540,7 @@ def test_shipped_configs_of_the_full_size_embed_each_mode(mode: str) -> None:
 def test_shipped_configs_of_the_full_size_train_each_stage(stage: str) -> None:
     loaded = load_config(TrainConfig, DEMO_CONFIGS.parent / "7b" / f"train_{stage}.yaml")
     assert (loaded.stage, loaded.gpus_per_worker, loaded.parallelism) == (stage, 1, "fsdp")
-    assert (
-        loaded.virtual_streams
-        == loaded.num_workers * loaded.accumulate
-        == loaded.batch_samples // (2 if stage == "ar" else 1)
-    )
+    assert loaded.virtual_streams == loaded.num_micro_batches == loaded.batch_samples // (2 if stage == "ar" else 1)
 
 
 # --- errors -> exit codes ---------------------------------------------------------------------------------------------

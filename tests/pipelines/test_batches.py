@@ -232,6 +232,19 @@ def test_only_heavy_data_has_its_bytes_in_the_digest() -> None:
         assert len(digests) == (3 if is_heavy else 1)
 
 
+def test_any_number_of_ranks_takes_the_same_micro_batches() -> None:
+    plan = Plan(make_table(200), BatchRule(samples=40, virtual_streams=8), 0, "d")
+    planned = next(plan.steps())
+    alone = planned.rows_of(0, 1, 8)
+    assert len(alone) == 8
+    for world_size in range(1, 10):
+        shared = [planned.rows_of(rank, world_size, 8) for rank in range(world_size)]
+        assert len({len(parts) for parts in shared}) == 1  # ranks make equally many passes
+        dealt = [rows for parts in shared for rows in parts]
+        assert all(np.array_equal(ours, theirs) for ours, theirs in zip(dealt, alone, strict=False))
+        assert all(not len(rows) for rows in dealt[8:])  # stand-ins
+
+
 def test_uneven_workers_and_unclear_rules_are_refused() -> None:
     check_world_size(4, 2)
     with pytest.raises(ConfigError, match="virtual_streams"):

@@ -68,7 +68,7 @@ def run_ranks(configs: Sequence[TrainConfig], world_size: int, folder: Path) -> 
         )
         for rank in range(world_size)
     ]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
+    errors = [process.communicate(timeout=600)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * world_size, "\n".join(errors)
     records: list[list[Any]] = json.loads((folder / "0.json").read_text())
     return records
@@ -125,6 +125,19 @@ def test_how_a_step_is_cut_changes_nothing_but_what_a_mean_of_means_weighs(
     assert_same_training(often, once)
     assert by_rank[0][1] == pytest.approx(once[0][1], rel=1e-5)  # what is reported is the mean over all terms
     assert by_rank[0][2] != pytest.approx(once[0][2], rel=1e-4)
+
+
+@pytest.mark.parametrize("parallelism", ["replicated", "fsdp"])
+def test_a_number_of_workers_that_shares_a_step_unevenly_learns_the_same(
+    parallelism: str, storage_uri: str, model: Path, tmp_path: Path
+) -> None:
+    """Three ranks for four micro-batches, each of which counts alike: the last rank makes two empty passes."""
+    common = {"num_steps": 4, "checkpoint_every": 4, "virtual_streams": 4, "normalisation": "per_rank"}
+    common |= {"num_workers": (1, 4), "parallelism": parallelism}
+    alone, three = (make_config(storage_uri, model, name=f"uneven-{parallelism}-{n}", **common) for n in (1, 3))
+    (expected,) = run_ranks([alone], 1, tmp_path)
+    (records,) = run_ranks([three], 3, tmp_path)
+    assert_same_training(records, expected)
 
 
 def test_the_guard_skips_what_is_not_finite_or_far_too_large() -> None:

@@ -131,14 +131,20 @@ def test_wrong_requests_are_refused_before_a_worker_starts(tmp_path: Path, stora
     (tmp_path / "bare" / "nexusgen.json").write_text(bare.model_dump_json())
     with pytest.raises(ModelError, match="lacks generation_decoder"):
         train(make_config(storage_uri, tmp_path / "bare", stage="generation_decoder"))
-    with pytest.raises(ValueError, match="virtual_streams"):
-        make_config(storage_uri, model, num_workers=3)
+    for num_workers in (3, (1, 3)):
+        with pytest.raises(ValueError, match="virtual_streams"):
+            make_config(storage_uri, model, num_workers=num_workers)
+    for wrong in (0, "two", [2], [2, 1], [0, 2], [1, 2, 3]):
+        with pytest.raises(ValueError, match=r"num_workers\n.*wanted a whole number from 1 on, or \[min, max\]"):
+            make_config(storage_uri, model, num_workers=wrong)
 
 
 def test_too_few_cpus_are_refused_with_the_numbers(storage_uri: str, model: Path) -> None:
     config = make_config(storage_uri, model, name="large", num_workers=2, cpus_per_worker=400.0)
     with pytest.raises(ResourceError, match="800"):
         train(config)
+    with pytest.raises(ResourceError, match="400"):  # room for the fewest will do
+        train(config.model_copy(update={"num_workers": (1, 2)}))
 
 
 def test_the_learning_rate_rises_then_falls_to_its_fraction() -> None:

@@ -48,6 +48,10 @@ def test_sharing_and_recomputing_take_less(storage_uri: str, model: Path) -> Non
     assert sharded.memory["activations (estimate)"] < whole.memory["activations (estimate)"]
     assert sharded.flops == pytest.approx(whole.flops * 8 / 6)
     assert sharded.gpu_hours is not None
+    elastic = {"num_workers": (1, 2), "parallelism": "fsdp", "gpus_per_worker": 1}
+    changing = plan_training(make_config(storage_uri, model, activation_checkpointing=True, **elastic))
+    assert changing.memory["weights"] == whole.memory["weights"]  # one worker must hold them
+    assert changing.gpu_hours == sharded.gpu_hours  # when there are two
 
 
 def test_a_dry_run_leaves_nothing_behind(storage_uri: str, model: Path) -> None:
