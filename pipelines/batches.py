@@ -404,7 +404,7 @@ def iterate(
 
 
 def _steps_of(
-    plan: Plan, num_steps: int, from_step: int, rank: int, world_size: int, num_micro_batches: int
+    plan: Plan, num_steps: int, from_step: int, rank: int, world_size: int, num_micro_batches: int | None
 ) -> Iterator[RankStep]:
     for planned in itertools.islice(plan.steps(from_step), num_steps - from_step):
         parts = planned.rows_of(rank, world_size, num_micro_batches)
