@@ -66,6 +66,7 @@ CHAMPION_THRESHOLDS = {
     "n": 572.0,
     "generation.overall": 0.85,
     "generation.explicit_strict": 0.35,
+    "editing.strict": 0.30,
     "understanding.overall": 0.70,
 }
 

@@ -94,10 +94,10 @@ def registered(tmp_path_factory: pytest.TempPathFactory, base: Path) -> tuple[st
     return storage, stage_runs
 
 
-def score(storage: str, fingerprint: str, overall: float, n: int = 572) -> None:
+def score(storage: str, fingerprint: str, overall: float, n: int = 572, editing: float = 0.4) -> None:
     """What `evaluate` leaves behind."""
     generation = {"overall": overall, "explicit_strict": 0.5}
-    scores = {"n": n, "generation": generation, "understanding": {"overall": 0.9}}
+    scores = {"n": n, "generation": generation, "editing": {"strict": editing}, "understanding": {"overall": 0.9}}
     content = json.dumps({"fingerprint": fingerprint, "scores": scores})
     write_bytes_atomic(scores_uri(storage, fingerprint, "demo_world"), content.encode())
     attach_scores(storage, fingerprint, "demo_world", scores, run_id="evaluate-run")
@@ -168,6 +168,9 @@ def test_gate_aliases_and_rollback(tmp_path: Path, base: Path) -> None:
         resolve_model("models:/nexusgen@champion", storage)
     score(storage, fingerprints[0], 0.9, n=50)
     with pytest.raises(GateError, match="n is 50, wanted >= 572"):  # a smaller evaluation opens no gate
+        promote(PromoteConfig(storage=storage, version=1))
+    score(storage, fingerprints[0], 0.9, editing=0.2)
+    with pytest.raises(GateError, match="editing.strict is 0.2, wanted >= 0.3"):
         promote(PromoteConfig(storage=storage, version=1))
     score(storage, fingerprints[0], 0.9)
     score(storage, fingerprints[1], 0.3)
