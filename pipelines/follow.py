@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nexusgen.losses import LossPart
 from pipelines import storage, tracking
+from pipelines.flops import Utilisation
 from pipelines.notices import Notice
-from pipelines.parallel import device_of
+from pipelines.parallel import attention_kernel, device_of
 from pipelines.sheets import Cell, draw_sheet
 from pipelines.stage_data import StageData, StageSource
 from pipelines.stages import AnyStage, StepRandom
@@ -54,13 +54,11 @@ class StepRecord:
 
 @contextlib.contextmanager
 def forward_precision(config: TrainConfig, device: torch.device) -> Iterator[None]:
-    """Autocast, if asked for. On a CPU, attention by plain matrix products: the backward of its fused bf16 kernel is
-    slow (a third of a whole step of the demo's sizes, measured with torch 2.13)."""
+    """Autocast, if asked for, and the attention that goes with it."""
     if config.precision == "fp32":
         yield
         return
-    kernel = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else contextlib.nullcontext()
-    with torch.autocast(device.type, torch.bfloat16), kernel:
+    with torch.autocast(device.type, torch.bfloat16), attention_kernel(config.precision, device):
         yield
 
 
@@ -100,9 +98,17 @@ class Follower:
     """Metrics of every `log_every` steps into MLflow, and where the training is into progress.json: both by rank 0."""
 
     def __init__(
-        self, config: TrainConfig, run: tracking.Run | None, place: str, rank: int, world_size: int = 1
+        self,
+        config: TrainConfig,
+        run: tracking.Run | None,
+        place: str,
+        rank: int,
+        world_size: int = 1,
+        utilisation: Utilisation | None = None,
     ) -> None:
+        """Without a `utilisation`, where the device's peak isn't known, `train/mfu` is left out."""
         self._config, self._run, self._place, self._rank = config, run, place, rank
+        self._utilisation = utilisation
         self._window: deque[StepRecord] = deque(maxlen=config.log_every)
         self._written = 0.0
         self._num_skipped = 0
@@ -157,15 +163,20 @@ class Follower:
         losses = {
             f"train/{name}": sum(record.losses[name] for record in taken) / max(1, len(taken)) for name in last.losses
         }
-        return losses | {
+        num_tokens = sum(record.num_tokens for record in window)
+        num_samples = sum(record.num_samples for record in window)
+        metrics = losses | {
             "train/loss": self.loss,
             "train/grad_norm": last.grad_norm,
             "train/lr": last.learning_rate,
             "train/skipped_steps": float(self._num_skipped),
-            "train/samples_per_s": sum(record.num_samples for record in window) / seconds,
-            "train/tokens_per_s": sum(record.num_tokens for record in window) / seconds,
+            "train/samples_per_s": num_samples / seconds,
+            "train/tokens_per_s": num_tokens / seconds,
             "train/data_wait_fraction": sum(record.wait_s for record in window) / seconds,
         }
+        if self._utilisation is not None:
+            metrics["train/mfu"] = self._utilisation.of(num_tokens, num_samples, seconds)
+        return metrics
 
     def _write(self, step: int) -> None:
         self._written = time.monotonic()

@@ -27,12 +27,13 @@ from nexusgen.model.manifest import Manifest, read_manifest
 from pipelines import checkpoint, tracking
 from pipelines.batches import Batch, Plan, iterate
 from pipelines.checkpoint import Meta
+from pipelines.flops import find_utilisation
 from pipelines.follow import Follower, StepRecord, draw_pictures, forward_precision, validate
 from pipelines.notices import BITS, STOPS, Notice, Notices
 from pipelines.parallel import local, recompute_activations, resolve_precision, set_last_backward, shard_module, whole
 from pipelines.registry import resolve_model
 from pipelines.stage_data import MAX_CACHE_BYTES, StageData, StageSource, open_data
-from pipelines.stages import STAGES, AnyStage, StepRandom, build_stage
+from pipelines.stages import STAGES, AnyStage, StepRandom, hollow_stage
 
 if TYPE_CHECKING:
     from pipelines.train import TrainConfig
@@ -260,7 +261,7 @@ def run_training(
     manifest = read_manifest(folder)
     data, plan = open_training(config, manifest)
     torch.manual_seed(config.seed)
-    stage = build_stage(
+    stage = hollow_stage(
         config.stage,
         folder,
         config.levels,
@@ -268,15 +269,15 @@ def run_training(
         config.lora,
         PRECISIONS[config.precision],
     )
-    stage.to(ranks.device)
     if config.activation_checkpointing:
-        recompute_activations(stage.module)
+        recompute_activations(stage.module, config.precision, ranks.device)
     if config.parallelism == "fsdp":
         shard_module(stage.module, ranks.world_size, ranks.device, PRECISIONS[config.precision])
-    optimizer = make_optimizer(stage.module, config)
-    average = WeightAverage(stage.module, config.ema_decay) if config.ema_decay else None
     place = checkpoint.stage_folder(config.storage, config.name, config.stage)
     found = checkpoint.latest(place)
+    stage.fill(ranks.device, skip_trained=found is not None)
+    optimizer = make_optimizer(stage.module, config)
+    average = WeightAverage(stage.module, config.ema_decay) if config.ema_decay else None
     meta = found.meta if found is not None else _first_meta(config, run_id, ranks, manifest, data, plan)
     if found is not None:
         averaged = checkpoint.load(found, stage.module, optimizer)
@@ -287,7 +288,8 @@ def run_training(
     source: StageSource[Any, Any] = StageSource(data, stage, cache_bytes)
     batches = iterate(plan, source, config.num_steps, meta.step, ranks.rank, ranks.world_size, config.num_micro_batches)
     saver = checkpoint.Saver(place, ranks.rank, ranks.world_size, config.keep_checkpoints)
-    follower = Follower(config, run, place, ranks.rank, ranks.world_size)
+    utilisation = find_utilisation(stage.module, ranks.device, ranks.world_size, config.precision)
+    follower = Follower(config, run, place, ranks.rank, ranks.world_size, utilisation)
     stopped = Notice.NONE
     for record in training_steps(stage, batches, plan, optimizer, config, ranks, guard, notices):
         step = record.step + 1

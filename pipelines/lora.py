@@ -62,7 +62,7 @@ class AdapterRecord(Config):
 
 
 def add_adapters(module: AutoregressiveModel, config: LoraConfig, frozen_dtype: torch.dtype) -> None:
-    """Freeze a model in place and give the layers of its language model adapters, drawn from torch's generator.
+    """Freeze a model on meta in place, and give the layers of its language model adapters, on meta as well.
 
     Frozen matrices are kept in `frozen_dtype`, the dtype that the forward multiplies them in anyway: in bf16 they take
     half the memory and give the same numbers. Norms and token embeddings, which it doesn't multiply, stay as they are.
@@ -79,7 +79,7 @@ def add_adapters(module: AutoregressiveModel, config: LoraConfig, frozen_dtype: 
         lora_dropout=0.0,  # a step's randomness would have to be repeated after a restart
         bias="none",
     )
-    peft.inject_adapter_in_model(layers, module.qwen.model.language_model)
+    peft.inject_adapter_in_model(layers, module.qwen.model.language_model, low_cpu_mem_usage=True)
     for name in TRAINED_IN_FULL:
         getattr(module, name).requires_grad_(True)
     embeddings = module.qwen.model.language_model.embed_tokens.weight
@@ -87,6 +87,33 @@ def add_adapters(module: AutoregressiveModel, config: LoraConfig, frozen_dtype: 
         is_frozen = isinstance(part, nn.Linear) and not part.weight.requires_grad
         if is_frozen and part.weight is not embeddings:  # the smaller Qwen2.5-VL tie lm_head to them
             part.to(frozen_dtype)
+
+
+def start_adapters(
+    module: AutoregressiveModel, base: Mapping[str, Shaped[Tensor, ...]]
+) -> dict[str, Shaped[Tensor, ...]]:
+    """What a model with adapters starts from: the base's tensors under its names, and fresh adapters.
+
+    These are drawn from torch's generator, A as a linear layer's weight and B zero, with the very numbers that peft
+    would draw had the model been loaded before it got them.
+    """
+    import torch
+    from torch import nn
+
+    names = module.state_dict().keys()
+    state = {}
+    for name, tensor in base.items():
+        layer, _, kind = name.rpartition(".")
+        state[name if name in names else f"{layer}.base_layer.{kind}"] = tensor
+    for name, parameter in module.named_parameters():
+        if name.endswith(_DOWN):
+            up = name.removesuffix(_DOWN) + _UP
+            down = nn.Linear(parameter.shape[1], parameter.shape[0], bias=False)
+            nn.Linear(parameter.shape[0], len(module.get_parameter(up)), bias=False)  # peft draws, and then zeroes, B
+            down.reset_parameters()  # and A twice
+            state[name] = down.weight.detach()
+            state[up] = torch.zeros(module.get_parameter(up).shape)
+    return state
 
 
 def merge_adapters(

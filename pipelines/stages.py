@@ -41,13 +41,15 @@ from nexusgen.model.autoregressive import (
     target_positions,
 )
 from nexusgen.model.decoder import ConditionerKind, VisionDecoder
-from nexusgen.model.weights import DRAWING_PARTS, Model, load_model, start_editing_decoder
+from nexusgen.model.weights import DRAWING_PARTS, State, load_hollow
 from nexusgen.prompts import IGNORED_LABEL, Conversation, encode_conversation
 from nexusgen.sampling import decode_embeddings
 from nexusgen.schema import EmbedMode, Message, Task
-from pipelines.lora import LoraConfig, add_adapters
+from pipelines.lora import LoraConfig, add_adapters, start_adapters
+from pipelines.parallel import fill_module
 
 StageName = Literal["ar", "generation_decoder", "editing_decoder"]
+_VISION_TOWER = "qwen.model.visual."  # its tensors in the autoregressive model
 PreparedT = TypeVar("PreparedT")
 BatchT = TypeVar("BatchT")
 
@@ -83,7 +85,10 @@ class StepRandom:
 
 
 class Stage(ABC, Generic[PreparedT, BatchT]):
-    """One training stage on the model at `folder`; those weights of `module` are trained that require a gradient."""
+    """One training stage on the model at `folder`; those weights of `module` are trained that require a gradient.
+
+    The module is on meta until `fill` gives it its memory and weights, so that it can be laid over ranks before.
+    """
 
     name: ClassVar[StageName]
     roles: ClassVar[Mapping[EmbedMode, tuple[str, ...]]]  # what it reads, by embed mode
@@ -93,6 +98,7 @@ class Stage(ABC, Generic[PreparedT, BatchT]):
     weights: ClassVar[Mapping[str, float]]  # of the loss parts
 
     module: nn.Module
+    _start: State  # the module's first tensors, mapped from files; empty once it is filled
 
     @classmethod
     def missing_parts(cls, present: Collection[str]) -> list[str]:
@@ -120,9 +126,13 @@ class Stage(ABC, Generic[PreparedT, BatchT]):
     def loss(self, batch: BatchT, random: StepRandom) -> dict[str, LossPart]:
         """Every part of `weights`, as sum and count over the batch."""
 
-    def to(self, device: torch.device) -> None:
-        """Move what a loss computes with, in place."""
-        self.module.to(device)
+    def fill(self, device: torch.device, *, skip_trained: bool = False) -> None:
+        """Put the stage on a device, the module with its first weights; `skip_trained` leaves out what is trained.
+
+        Raises: ModelError as `fill_module`.
+        """
+        fill_module(self.module, self._start, device, skip_trained=skip_trained)
+        self._start = {}
 
     def baseline(self, train: Sequence[PreparedT], validation: Sequence[PreparedT]) -> dict[str, float]:
         """Losses of a prediction that needs no learning, to compare validation losses with."""
@@ -159,14 +169,16 @@ class AutoregressiveStage(Stage[PreparedConversation, ConversationBatch]):
     weights = AUTOREGRESSIVE_WEIGHTS
 
     def __init__(self, folder: Path, lora: LoraConfig | None = None, frozen_dtype: torch.dtype = torch.float32) -> None:
-        model = load_model(folder, parts=self.parts)
+        model, state = load_hollow(folder, "autoregressive")
         assert model.autoregressive is not None
         assert model.tokenizer is not None
         self.module: AutoregressiveModel = model.autoregressive
         self._num_target_tokens = model.manifest.geometry.num_target_tokens
         self.module.qwen.model.visual = nn.Identity()
+        self._start = {name: tensor for name, tensor in state.items() if not name.startswith(_VISION_TOWER)}
         if lora is not None:
             add_adapters(self.module, lora, frozen_dtype)
+            self._start = start_adapters(self.module, self._start)
         self._tokenizer = model.tokenizer
         self._nothing = torch.zeros(0, self.module.hidden_size)
 
@@ -265,7 +277,7 @@ class DecoderStage(Stage[PreparedPicture, PictureBatch]):
 
     def __init__(self, folder: Path, levels: LevelDensity, conditioning_dropout: float = 0.0) -> None:
         """Raises: ModelError if the folder lacks a part, or the negative context that dropout needs."""
-        self._model = self._load(folder)
+        self._model, self._start = load_hollow(folder, self.name, ("vae",))
         assert self._model.scheduler is not None
         if conditioning_dropout and self._model.negative_context is None:
             raise ModelError(
@@ -278,11 +290,8 @@ class DecoderStage(Stage[PreparedPicture, PictureBatch]):
         self._table = training_table(self._model.scheduler)
         self._conditioning_dropout = conditioning_dropout
 
-    def _load(self, folder: Path) -> Model:
-        return load_model(folder, parts=self.parts)
-
-    def to(self, device: torch.device) -> None:
-        super().to(device)
+    def fill(self, device: torch.device, *, skip_trained: bool = False) -> None:
+        super().fill(device, skip_trained=skip_trained)
         model = self._model
         assert model.autoencoder is not None
         model.device, model.autoencoder = device, model.autoencoder.to(device)
@@ -447,9 +456,6 @@ class EditingDecoderStage(DecoderStage):
         can_start = all(part in present for part in DRAWING_PARTS)
         return [part for part in missing if part != "editing_decoder" or not can_start]
 
-    def _load(self, folder: Path) -> Model:
-        return start_editing_decoder(folder)
-
     def _reference(self, row: EmbeddedRow) -> Float[Tensor, "reference_tokens embedding"]:
         if not row.images["reference"]:
             raise InputError(
@@ -471,6 +477,28 @@ STAGES: Mapping[StageName, type[AnyStage]] = {
 }
 
 
+def hollow_stage(
+    name: StageName,
+    folder: Path,
+    levels: LevelDensity,
+    conditioning_dropout: float = 0.0,
+    lora: LoraConfig | None = None,
+    frozen_dtype: torch.dtype = torch.float32,
+) -> AnyStage:
+    """The stage on a model folder, its module without weights until `fill`; levels and dropout, in [0, 1), are a
+    decoder stage's.
+
+    `lora` is stage ar's: its adapters, on a frozen language model whose matrices are kept in `frozen_dtype`.
+
+    Raises: ModelError if the folder lacks a part, or a constant, that the stage needs, or tensors don't fit.
+    """
+    if name == "ar":
+        return AutoregressiveStage(folder, lora, frozen_dtype)
+    if name == "generation_decoder":
+        return GenerationDecoderStage(folder, levels, conditioning_dropout)
+    return EditingDecoderStage(folder, levels, conditioning_dropout)
+
+
 def build_stage(
     name: StageName,
     folder: Path,
@@ -479,14 +507,7 @@ def build_stage(
     lora: LoraConfig | None = None,
     frozen_dtype: torch.dtype = torch.float32,
 ) -> AnyStage:
-    """The stage on a model folder; noise levels and dropout, in [0, 1), are a decoder stage's.
-
-    `lora` is stage ar's: its adapters, on a frozen language model whose matrices are kept in `frozen_dtype`.
-
-    Raises: ModelError if the folder lacks a part, or a constant, that the stage needs.
-    """
-    if name == "ar":
-        return AutoregressiveStage(folder, lora, frozen_dtype)
-    if name == "generation_decoder":
-        return GenerationDecoderStage(folder, levels, conditioning_dropout)
-    return EditingDecoderStage(folder, levels, conditioning_dropout)
+    """The stage as `hollow_stage` makes it, whole and on the CPU. Raises: the same."""
+    stage = hollow_stage(name, folder, levels, conditioning_dropout, lora, frozen_dtype)
+    stage.fill(torch.device("cpu"))
+    return stage

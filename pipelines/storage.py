@@ -26,9 +26,9 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -63,6 +63,7 @@ _PASSING = re.compile(
 _jitter = random.SystemRandom()  # workers that failed together mustn't come back together
 
 _T = TypeVar("_T")
+_budget_s: float | None = None  # in place of RETRY_BUDGET_S, while somebody waits for an answer
 
 
 @dataclass(frozen=True)
@@ -137,14 +138,26 @@ def _retry(failure: str, call: Callable[[], _T]) -> _T:
                 raise
             spent = time.monotonic() - started
             delay = _jitter.uniform(0, min(MAX_DELAY_S, FIRST_DELAY_S * 2 ** min(attempt, 30)))
-            if attempt >= MAX_ATTEMPTS or spent + delay > RETRY_BUDGET_S:
+            if attempt >= MAX_ATTEMPTS or spent + delay > (RETRY_BUDGET_S if _budget_s is None else _budget_s):
+                attempts = f"{attempt} attempt{'s' * (attempt > 1)}"
                 raise ResourceError(
-                    f"{failure}: {error}; gave up after {attempt} attempts in {spent:.1f} s: start the job again when "
+                    f"{failure}: {error}; gave up after {attempts} in {spent:.1f} s: start the job again when "
                     f"the store answers"
                 ) from None
             log.warning("%s: %s; attempt %d failed, the next one comes in %.1f s", failure, error, attempt, delay)
         time.sleep(delay)
     raise AssertionError("unreachable")
+
+
+@contextmanager
+def impatient() -> Iterator[None]:
+    """What the body asks of a store isn't tried again by `_retry`: it is for somebody who waits, not for a long job."""
+    global _budget_s
+    before, _budget_s = _budget_s, 0.0
+    try:
+        yield
+    finally:
+        _budget_s = before
 
 
 class _ShortBodyError(OSError):

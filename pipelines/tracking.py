@@ -63,7 +63,7 @@ METRICS = {
     "train/samples_per_s": "samples per wall second, all ranks",
     "train/tokens_per_s": "tokens per wall second, all ranks",
     "train/data_wait_fraction": "share of the step's time spent waiting for data",
-    "train/mfu": "share of the device's peak arithmetic in use",
+    "train/mfu": "share of the devices' peak arithmetic in bf16 that the model needs; only where a GPU's peak is known",
     "eval/SUITE/METRIC": "a score of a suite; validation of a training run is the suite `validation`",
     "data/samples": "samples read",
     "data/embedded": "samples embedded",

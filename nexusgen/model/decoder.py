@@ -353,6 +353,23 @@ def save_decoder(decoder: VisionDecoder, folder: Path, dtype: torch.dtype) -> No
     save_torch_state_dict(state, transformer_folder, filename_pattern=TRANSFORMER_STEM + "{suffix}.safetensors")
 
 
+def hollow_decoder(folder: Path, numerics: Numerics = "reference") -> VisionDecoder:
+    """The decoder of a folder without its weights, on meta. Raises: ModelError if it isn't a decoder's folder."""
+    config = read_decoder_config(folder)
+    try:
+        sizes = FluxTransformer2DModel.load_config(folder / "transformer", local_files_only=True)
+    except OSError as error:
+        raise ModelError(f"{folder}: no transformer that diffusers can open: {error}") from None
+    with torch.device("meta"):
+        return VisionDecoder(config, FluxTransformer2DModel.from_config(sizes), numerics).eval()
+
+
+def decoder_tensors(folder: Path) -> dict[str, Shaped[Tensor, "..."]]:
+    """A decoder folder's tensors, mapped from their files, under `VisionDecoder`'s names. Raises: ModelError."""
+    state = {f"conditioner.{name}": tensor for name, tensor in iterate_file(folder / "conditioner.safetensors")}
+    return state | {f"transformer.{name}": t for name, t in iterate_tensors(folder / "transformer", TRANSFORMER_STEM)}
+
+
 def load_decoder(
     folder: Path,
     dtype: torch.dtype = torch.float32,
@@ -364,15 +381,7 @@ def load_decoder(
 
     Raises: ModelError if it isn't a decoder's folder or its tensors don't fit exactly.
     """
-    config = read_decoder_config(folder)
-    try:
-        sizes = FluxTransformer2DModel.load_config(folder / "transformer", local_files_only=True)
-    except OSError as error:
-        raise ModelError(f"{folder}: no transformer that diffusers can open: {error}") from None
-    with torch.device("meta"):
-        decoder = VisionDecoder(config, FluxTransformer2DModel.from_config(sizes), numerics)
-    state = {f"conditioner.{name}": tensor for name, tensor in iterate_file(folder / "conditioner.safetensors")}
-    state |= {f"transformer.{name}": t for name, t in iterate_tensors(folder / "transformer", TRANSFORMER_STEM)}
+    decoder, state = hollow_decoder(folder, numerics), decoder_tensors(folder)
     small = QUANTISED_DTYPES[quantise] if quantise is not None else dtype
     placed = {
         # By way of the dtype that it computes in, so that it doesn't matter which one the file has.

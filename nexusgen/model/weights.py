@@ -35,19 +35,22 @@ from nexusgen.model.decoder import (
     DecoderConfig,
     Quantisation,
     VisionDecoder,
+    decoder_tensors,
+    hollow_decoder,
     load_decoder,
     make_conditioner,
     read_decoder_config,
     save_decoder,
 )
 from nexusgen.model.manifest import Manifest, Numerics, read_manifest
-from nexusgen.model.tensors import iterate_file, iterate_tensors, load_strictly, save_tensors
+from nexusgen.model.tensors import check_tensors, iterate_file, iterate_tensors, load_strictly, save_tensors
 from nexusgen.prompts import load_tokenizer
 from nexusgen.schema import MANIFEST_NAME
 
 PARTS = ("autoregressive", "generation_decoder", "editing_decoder", "vae")
 DRAWING_PARTS = ("autoregressive", "generation_decoder", "vae")  # what a picture of a text needs
 DECODER_FOLDERS = {"generation_decoder": "decoders/generation", "editing_decoder": "decoders/editing"}
+State = dict[str, Shaped[Tensor, "..."]]
 Half = Literal["autoregressive", "drawing"]
 HALVES: Mapping[Half, tuple[str, ...]] = {"autoregressive": ("autoregressive",), "drawing": (*DECODER_FOLDERS, "vae")}
 # Files beside the weights that change an answer.
@@ -231,6 +234,50 @@ def check_parts(folder: Path, manifest: Manifest, wanted: Iterable[str]) -> None
         raise ModelError(f"{folder} has no part {', '.join(absent)}; it holds {', '.join(manifest.parts) or 'nothing'}")
 
 
+def load_hollow(folder: Path, part: str, others: Sequence[str] = ()) -> tuple[Model, State]:
+    """A model folder whose `part` is to be trained: that part on meta, and the tensors that it starts from.
+
+    A training lays the part over its devices first and fills it then, so that no process ever holds all of it. The
+    tensors have the part's own names and the dtypes of their files, which they are mapped from; `others` are loaded, in
+    fp32. An editing decoder may be absent from the folder: see `start_editing_decoder`.
+    Raises: ModelError if the folder lacks a part, or tensors are missing, left over or misshapen.
+    """
+    manifest = read_manifest(folder)
+    is_new = _starts_anew(manifest, part)
+    check_parts(folder, manifest, (*DRAWING_PARTS, *others) if is_new else (part, *others))
+    model = load_model(folder, ("generation_decoder" if is_new else part, *others), offload=True)
+    model.parts, model.is_offloaded = (part, *others), False
+    model._load(others)
+    module = hollow_part(folder, manifest, part)
+    setattr(model, part, module)
+    if part == "autoregressive":
+        state, where = autoregressive_tensors(folder / part), folder / part
+    elif is_new:
+        assert isinstance(module, VisionDecoder)
+        state, where = _editing_start(folder, module.config), folder
+    else:
+        where = folder / DECODER_FOLDERS[part]
+        state = decoder_tensors(where)
+    check_tensors(module.state_dict(), state, str(where))
+    return model, state
+
+
+def hollow_part(folder: Path, manifest: Manifest, part: str) -> AutoregressiveModel | VisionDecoder:
+    """A part that can be trained, on meta: its sizes without its weights. Raises: ModelError as `load_hollow`."""
+    if part == "autoregressive":
+        return hollow_autoregressive(folder / part, manifest.geometry)
+    if not _starts_anew(manifest, part):
+        return hollow_decoder(folder / DECODER_FOLDERS[part], manifest.numerics)
+    generation = hollow_decoder(folder / DECODER_FOLDERS["generation_decoder"], manifest.numerics)
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel.from_config(generation.transformer.config)
+        return VisionDecoder(editing_decoder_config(folder, manifest), transformer, manifest.numerics).eval()
+
+
+def _starts_anew(manifest: Manifest, part: str) -> bool:
+    return part == "editing_decoder" and part not in manifest.parts
+
+
 def start_editing_decoder(folder: Path) -> Model:
     """What a training of the editing decoder starts from, with autoencoder, scheduler and constants, in fp32.
 
@@ -240,29 +287,23 @@ def start_editing_decoder(folder: Path) -> Model:
     FLUX.1 [dev] and the layer of Qwen2.5-VL.
     Raises: ModelError if the folder has neither decoder, lacks another part, or the layer doesn't fit.
     """
-    manifest = read_manifest(folder)
-    parts = ("editing_decoder", "vae")
-    if "editing_decoder" in manifest.parts:
-        return load_model(folder, parts)
-    check_parts(folder, manifest, DRAWING_PARTS)
-    model = load_model(folder, ("generation_decoder", "vae"))
-    generation = model.generation_decoder
-    assert generation is not None
-    config = editing_decoder_config(folder, manifest)
-    with torch.device("meta"):
-        transformer = FluxTransformer2DModel.from_config(generation.transformer.config)
-        decoder = VisionDecoder(config, transformer, manifest.numerics)
+    model, state = load_hollow(folder, "editing_decoder", ("vae",))
+    assert model.editing_decoder is not None
+    load_strictly(model.editing_decoder, {name: tensor.float() for name, tensor in state.items()}, str(folder))
+    return model
+
+
+def _editing_start(folder: Path, config: DecoderConfig) -> State:
+    """The tensors of a new editing decoder. Those of its conditioner's projector alone are in memory, not mapped."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         conditioner = make_conditioner(config)
     state = {f"conditioner.{name}": tensor for name, tensor in conditioner.state_dict().items()}
     for name, tensor in iterate_tensors(folder / "autoregressive"):
         if name.startswith(_FIRST_LAYER):
-            state[f"conditioner.layers.0.{name.removeprefix(_FIRST_LAYER)}"] = tensor.float()
-    state |= {name: t for name, t in generation.state_dict().items() if name.startswith("transformer.")}
-    load_strictly(decoder, state, str(folder))
-    model.parts, model.generation_decoder, model.editing_decoder = parts, None, decoder.eval()
-    return model
+            state[f"conditioner.layers.0.{name.removeprefix(_FIRST_LAYER)}"] = tensor
+    generation = decoder_tensors(folder / DECODER_FOLDERS["generation_decoder"])
+    return state | {name: tensor for name, tensor in generation.items() if name.startswith("transformer.")}
 
 
 def editing_decoder_config(folder: Path, manifest: Manifest) -> DecoderConfig:
@@ -294,30 +335,48 @@ def load_autoregressive(
 
     Raises: ModelError naming every missing and unexpected tensor.
     """
+    model = hollow_autoregressive(folder, geometry)
+    state = {name: tensor.to(device, dtype) for name, tensor in autoregressive_tensors(folder).items()}
+    load_strictly(model, state, str(folder))
+    if model.config.tie_word_embeddings:
+        model.qwen.tie_weights()
+    return model.to(device)  # the rotary tables
+
+
+def hollow_autoregressive(folder: Path, geometry: Geometry) -> AutoregressiveModel:
+    """The autoregressive model of a folder without its weights, on meta; rotary tables are there, on the CPU.
+
+    Raises: ModelError if the folder has no config of a Qwen2.5-VL model.
+    """
     config = read_autoregressive_config(folder)
     with torch.device("meta"):
         model = AutoregressiveModel(config, geometry)
-    state = {module_key(name): tensor.to(device, dtype) for name, tensor in iterate_tensors(folder)}
-    is_tied = bool(config.tie_word_embeddings)
-    if is_tied:  # the smaller Qwen2.5-VL store one matrix for both
-        embed_tokens = state.get("qwen.model.language_model.embed_tokens.weight")
-        if embed_tokens is not None:
-            state.setdefault("qwen.lm_head.weight", embed_tokens)
-    load_strictly(model, state, str(folder))
-    if is_tied:
+    if config.tie_word_embeddings:
         model.qwen.tie_weights()
-    _rebuild_rotary_tables(model, device)
+    _rebuild_rotary_tables(model)
     return model.eval()
 
 
-def _rebuild_rotary_tables(model: torch.nn.Module, device: torch.device | str) -> None:
+def autoregressive_tensors(folder: Path) -> State:
+    """The tensors of a folder in the released layout, mapped from their files, under `AutoregressiveModel`'s names.
+
+    Raises: ModelError if a file is absent or damaged.
+    """
+    state = {module_key(name): tensor for name, tensor in iterate_tensors(folder)}
+    embed_tokens = state.get("qwen.model.language_model.embed_tokens.weight")
+    if embed_tokens is not None and read_autoregressive_config(folder).tie_word_embeddings:
+        state.setdefault("qwen.lm_head.weight", embed_tokens)  # the smaller Qwen2.5-VL store one matrix for both
+    return state
+
+
+def _rebuild_rotary_tables(model: torch.nn.Module) -> None:
     """Rotary tables are derived from the config, not stored: fill those that the meta device left empty."""
     for module in model.modules():
         table = getattr(module, "inv_freq", None)
         if isinstance(table, Tensor) and table.is_meta:
             fresh: Any = type(module)(module.config)  # transformers' rotary modules
-            module.inv_freq = fresh.inv_freq.to(device)
-            module.original_inv_freq = fresh.inv_freq.clone().to(device)
+            module.inv_freq = fresh.inv_freq
+            module.original_inv_freq = fresh.inv_freq.clone()
 
 
 def read_autoregressive_config(folder: Path) -> Qwen2_5_VLConfig:

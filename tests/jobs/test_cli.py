@@ -536,9 +536,11 @@ def test_shipped_configs_of_the_full_size_embed_each_mode(mode: str) -> None:
     assert (loaded.mode, loaded.gpus_per_encoder, loaded.decode_threads) == (mode, 1, 8)
 
 
-@pytest.mark.parametrize("stage", ["ar", "generation_decoder", "editing_decoder"])
-def test_shipped_configs_of_the_full_size_train_each_stage(stage: str) -> None:
-    loaded = load_config(TrainConfig, DEMO_CONFIGS.parent / "7b" / f"train_{stage}.yaml")
+@pytest.mark.parametrize(
+    ("size", "stage"), [("7b", "ar"), ("7b", "generation_decoder"), ("7b", "editing_decoder"), ("3b", "ar")]
+)
+def test_shipped_configs_of_the_full_size_train_each_stage(size: str, stage: str) -> None:
+    loaded = load_config(TrainConfig, DEMO_CONFIGS.parent / size / f"train_{stage}.yaml")
     assert (loaded.stage, loaded.gpus_per_worker, loaded.parallelism) == (stage, 1, "fsdp")
     assert loaded.virtual_streams == loaded.num_micro_batches == loaded.batch_samples // (2 if stage == "ar" else 1)
 

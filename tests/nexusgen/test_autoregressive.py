@@ -6,8 +6,8 @@ import torch
 
 from nexusgen.geometry import Geometry
 from nexusgen.losses import AUTOREGRESSIVE_WEIGHTS, autoregressive_losses, total_loss
-from nexusgen.model.autoregressive import AutoregressiveModel, collate_conversations
-from nexusgen.model.weights import load_autoregressive, read_autoregressive_config, released_key
+from nexusgen.model.autoregressive import collate_conversations
+from nexusgen.model.weights import hollow_autoregressive, load_autoregressive, released_key
 from nexusgen.positions import conversation_positions
 from nexusgen.prompts import IGNORED_LABEL, Conversation
 
@@ -76,12 +76,18 @@ def test_a_batch_without_targets_gives_zero_gradients_not_none(model):
         assert not parameter.grad.any()
 
 
-def test_released_sizes_fit_the_published_architecture():
-    config = read_autoregressive_config(Path(__file__).parent / "qwen2_5_vl_7b")
-    with torch.device("meta"):
-        model = AutoregressiveModel(config, Geometry())
+@pytest.mark.parametrize(
+    ("size", "hidden", "count"),
+    [
+        ("7b", 3584, 8_292_166_656),  # of Qwen2.5-VL, without what Nexus-Gen adds
+        ("3b", 2048, 3_754_622_976),  # one matrix is both token embeddings and output layer
+    ],
+)
+def test_released_sizes_fit_the_published_architecture(size, hidden, count):
+    model = hollow_autoregressive(Path(__file__).parent / f"qwen2_5_vl_{size}", Geometry())
     counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
     extra = sum(counts.pop(name) for name in ("vision_head.weight", "image_prefill_embeds.weight"))
-    assert extra == 3584 * 3584 + 81 * 3584  # 13.1 M
-    assert sum(counts.values()) == 8_292_166_656  # Qwen2.5-VL-7B
-    assert {released_key(name).split(".")[0] for name in counts} == {"visual", "model", "lm_head"}
+    assert extra == hidden * hidden + 81 * hidden  # 13.1 M and 4.4 M
+    assert sum(counts.values()) == count
+    parts = {released_key(name).split(".")[0] for name in counts}
+    assert parts == {"visual", "model"} | ({"lm_head"} if size == "7b" else set())

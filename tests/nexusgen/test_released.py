@@ -475,6 +475,19 @@ def test_a_head_tied_to_the_token_embeddings(tmp_path: Path) -> None:
     assert "missing lm_head.weight" in refusal(tmp_path / "other", autoregressive=untied)
 
 
+def test_a_plain_tied_base_comes_in_and_goes_out_with_one_matrix(tmp_path: Path) -> None:
+    """As the 3B of Qwen2.5-VL: no output layer in its files, and nothing that Nexus-Gen adds."""
+    source = plain_qwen(tmp_path / "source", {"lm_head.weight", *ADDED}, tie_word_embeddings=True)
+    manifest = import_model(tmp_path / "model", autoregressive=source)
+    assert set(manifest.lineage["initialised"]) == ADDED
+    state = dict(iterate_tensors(tmp_path / "model" / "autoregressive"))
+    assert state.keys() == load_file(source / "model.safetensors").keys() | ADDED
+    export_model(tmp_path / "model", tmp_path / "released")
+    assert_equal_bytes(dict(iterate_tensors(tmp_path / "released")), state)
+    qwen = load_autoregressive(tmp_path / "released", Geometry()).qwen
+    assert qwen.lm_head.weight is qwen.model.language_model.embed_tokens.weight
+
+
 def test_flux_alone_makes_both_decoders_under_fresh_conditioners(flux: Path, tmp_path: Path) -> None:
     manifest = import_model(tmp_path / "model", autoregressive=AR, flux=flux)
     places = list(DECODER_FOLDERS.values())

@@ -99,8 +99,8 @@ def test_only_adapters_and_what_is_learned_anew_are_trained_and_kept(
     import pipelines.loop as loop
 
     stages: list[Any] = []
-    build = loop.build_stage
-    monkeypatch.setattr(loop, "build_stage", lambda *arguments: stages.append(build(*arguments)) or stages[-1])
+    build = loop.hollow_stage
+    monkeypatch.setattr(loop, "hollow_stage", lambda *arguments: stages.append(build(*arguments)) or stages[-1])
     config = make_config(storage_uri, model, name="frozen", **FAST)
     run_training(config, "r", Ranks(), None)
     before = dict(stage_on(model, config.lora).module.named_parameters())

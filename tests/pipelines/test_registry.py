@@ -170,7 +170,7 @@ def test_gate_aliases_and_rollback(tmp_path: Path, base: Path) -> None:
     with pytest.raises(GateError, match="n is 50, wanted >= 572"):  # a smaller evaluation opens no gate
         promote(PromoteConfig(storage=storage, version=1))
     score(storage, fingerprints[0], 0.9, editing=0.2)
-    with pytest.raises(GateError, match="editing.strict is 0.2, wanted >= 0.3"):
+    with pytest.raises(GateError, match=r"editing.strict is 0.2, wanted >= 0.3"):
         promote(PromoteConfig(storage=storage, version=1))
     score(storage, fingerprints[0], 0.9)
     score(storage, fingerprints[1], 0.3)

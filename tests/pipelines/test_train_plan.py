@@ -1,13 +1,23 @@
+import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from servers import free_port
 from test_train import make_config
+from tiny_training import make_embedded
 
+from nexusgen.errors import ResourceError
+from nexusgen.geometry import Geometry
 from nexusgen.model.manifest import read_manifest
 from pipelines.loop import Ranks, make_optimizer, open_training, run_training
 from pipelines.stages import STAGES, build_stage
 from pipelines.train_plan import plan_training
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -60,3 +70,37 @@ def test_a_dry_run_leaves_nothing_behind(storage_uri: str, model: Path) -> None:
     assert sorted(Path(storage_uri).rglob("*")) == before
     run_training(make_config(storage_uri, model, name="really", num_steps=1), "r", Ranks(), None)
     assert sorted(Path(storage_uri).rglob("*")) != before
+
+
+@pytest.fixture
+def qwen_3b(tmp_path: Path, model: Path) -> Path:
+    """A folder of Qwen2.5-VL-3B's sizes with a tokenizer and without weights: a plan reads none."""
+    folder = tmp_path / "qwen-3b"
+    shutil.copytree(model / "autoregressive", folder / "autoregressive")
+    (folder / "autoregressive" / "model.safetensors").unlink()
+    shutil.copy(ROOT / "tests/nexusgen/qwen2_5_vl_3b/config.json", folder / "autoregressive")
+    manifest = read_manifest(model).model_copy(update={"parts": ("autoregressive",), "geometry": Geometry()})
+    (folder / "nexusgen.json").write_text(manifest.model_dump_json())
+    return folder
+
+
+def test_a_3b_base_is_planned_by_its_configuration_alone(tmp_path: Path, model: Path, qwen_3b: Path) -> None:
+    uri = str(tmp_path / "storage")
+    make_embedded(uri, "train-3b", model)
+    settings = [f"storage={uri}", f"model={qwen_3b}", "dry_run=true"]
+    command = [sys.executable, "-m", "jobs.train", str(ROOT / "jobs/configs/3b/train_ar.yaml"), *settings, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    # Of 3,754,622,976 parameters the vision tower's 668,684,288 are frozen and absent; the other two are Nexus-Gen's.
+    assert plan["parameters"] == 3_754_622_976 - 668_684_288 + 2048 * 2048 + 81 * 2048
+    assert (plan["frozen"], plan["num_steps"]) == (0, 616_000)
+    assert plan["memory"]["weights"] == 4 * plan["parameters"] // 8  # shared by 8 workers
+    assert plan["gpu_hours"] > 0
+
+
+def test_a_dry_run_says_at_once_that_a_store_does_not_answer(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    config = make_config("s3://bucket/nexusgen", model, dry_run=True)
+    with pytest.raises(ResourceError, match=r"dry_run reads .*s3://bucket/nexusgen.*1 attempt in .*can be read"):
+        plan_training(config)
