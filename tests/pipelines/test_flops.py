@@ -111,7 +111,7 @@ def test_the_share_is_logged_where_a_peak_is_known_and_nowhere_else(
     config = make_config(str(storage), model, log_every=2, num_steps=2)
     for measure in (utilisation, None):
         with tracking.job_run(str(storage), "mfu", "train", "", stage="ar") as run:
-            follower = Follower(config, run, str(storage), 0, measure)
+            follower = Follower(config, run, str(storage), 0, utilisation=measure)
             for step, seconds in enumerate((0.5, 1.5)):
                 losses = {"ce": 1.0}
                 follower.follow(StepRecord(step, 1.0, losses, 1.0, 1e-3, 5, 50, seconds, 0.0), 0)
