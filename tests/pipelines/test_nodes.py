@@ -15,7 +15,6 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 from test_loop import run_ranks
-from test_outage import num_steps_that_outlast
 from test_restarts import (
     assert_same_weights,
     losses_in_mlflow,
@@ -32,7 +31,6 @@ from pipelines.train import TrainConfig
 
 pytestmark = pytest.mark.timeout(1500)
 
-RESIZE_S = 15.0  # until new workers are at work, more or less
 DRAIN_S = 30  # from the notice until the node is taken away
 BATCH_SAMPLES = 60  # of the tiny model: some ten steps a second on an idle machine
 NODE = {"object_store_memory": 80_000_000, "include_dashboard": False}
@@ -86,6 +84,8 @@ class Driver:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
 
 def workers_on(node: Any) -> list[psutil.Process]:
@@ -133,11 +133,14 @@ def test_workers_of_a_drained_node_save_before_they_go_and_no_step_is_computed_a
 def test_a_training_shrinks_when_a_node_is_lost_and_grows_when_one_comes(
     tmp_path: Path, storage_uri: str, model: Path, no_server: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two nodes one loses power: the other goes on alone; every step is that of two workers, within rounding."""
-    common = {"checkpoint_every": 10, "batch_samples": BATCH_SAMPLES, "num_workers": (1, 2)}
+    """Of two nodes one loses power: the other goes on alone; every step is that of two workers, within rounding.
+
+    The training is as long as it takes: it is told to end, and the undisturbed one, whose learning rate doesn't depend
+    on the number of steps, gets as many.
+    """
+    common = {"num_steps": 100_000, "final_lr_fraction": 1.0, "batch_samples": BATCH_SAMPLES, "checkpoint_every": 10}
     config = make_config(storage_uri, model, name="elastic", cpus_per_worker=1.0, max_restarts=1, **common)
-    config = config.model_copy(update={"num_steps": num_steps_that_outlast(config, RESIZE_S)})
-    _, expected = trained_calmly(config, tmp_path)
+    config = config.model_copy(update={"num_workers": (1, 2)})
     with (
         cluster_of(2, monkeypatch) as (cluster, nodes),
         contextlib.closing(Driver(config, cluster, tmp_path)) as driver,
@@ -149,17 +152,20 @@ def test_a_training_shrinks_when_a_node_is_lost_and_grows_when_one_comes(
         wait_for(lambda: progress_of(config)["workers"] == 1, "training with one worker")
         cluster.add_node(num_cpus=1, **NODE)
         wait_for(lambda: progress_of(config)["workers"] == 2, "training with two workers")
-        run_id = driver.finish()
-    history = losses_in_mlflow(config, run_id)
+        driver.process.terminate()
+        assert driver.process.wait(600) != 0
+    found = checkpoint.latest(checkpoint.stage_folder(storage_uri, "elastic", "ar"))
+    assert found is not None
+    assert found.meta.world_size == 2
+    assert "told to end" in seen[-1]["note"]
+    _, expected = trained_calmly(config.model_copy(update={"num_steps": found.meta.step}), tmp_path)
+    history = losses_in_mlflow(config, found.meta.run_id)
     assert history.keys() == expected.keys()
     for step, values in history.items():
         assert values == pytest.approx([expected[step]] * len(values), rel=1e-4)
     again = [step for step, values in history.items() if len(values) > 1]
     alone = [progress for progress in seen if progress["workers"] == 1]
     grown_at = alone[-1]["step"]
-    print(f"{config.num_steps} steps; a node lost at {lost_at}, one added by {grown_at}; computed again: {again}")
+    print(f"{len(history)} steps; a node lost at {lost_at}, one added by {grown_at}; computed again: {again}")
     assert "replaced" in alone[-1]["note"]
     assert max(again) < grown_at, "steps were computed again when it grew"
-    found = checkpoint.latest(checkpoint.stage_folder(storage_uri, "elastic", "ar"))
-    assert found is not None
-    assert found.meta.world_size == 2
