@@ -26,6 +26,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from nexusgen.base_training import ROPE_THETA
 from nexusgen.errors import InputError, ModelError
 from nexusgen.geometry import Geometry
 from nexusgen.model.decoder import load_decoder, make_conditioner, read_decoder_config
@@ -187,7 +188,7 @@ def test_what_was_trained_is_exported_with_a_config_that_4_49_reads() -> None:
     flat = flat_config(nested)
     assert "text_config" not in flat
     assert flat["hidden_size"] == 128
-    assert flat["rope_theta"] == 10000.0
+    assert flat["rope_theta"] == ROPE_THETA
     assert flat["rope_scaling"] == {"type": "mrope", "mrope_section": [4, 6, 6]}
     assert flat["torch_dtype"] == "bfloat16"
     assert flat["model_type"] == "qwen2_5_vl"
