@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from pipelines.train import TrainConfig
 OUTAGE_S = 15.0  # benchmarks/chaos_train.py makes it 60
 SERVER_START_S = 25.0  # what a server may take to come back, on a busy machine
 BATCH_SAMPLES = 180  # of the tiny model: some two steps a second
+STEP_S = 0.5  # of an idle machine
 MIN_STEPS_OF_OUTAGE = 10
 
 
@@ -101,7 +101,7 @@ def num_steps_that_outlast(config: TrainConfig, outage_s: float) -> int:
     short = config.model_copy(update={"name": "calibration", "num_steps": 5})
     with pytest.MonkeyPatch.context() as patch, recorded(patch) as records:
         run_training(short, "r", Ranks(), None)
-    seconds = statistics.median(record.seconds for record in records)
+    seconds = min(STEP_S, *(record.seconds for record in records))  # it may be slow at the moment, and fast later
     return int((2 * outage_s + SERVER_START_S) / seconds)
 
 
@@ -127,7 +127,7 @@ class Trainer:
 
     def wait_for_step(self, wanted: int) -> None:
         """Return when the log has a step."""
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 400
         while self.step() < wanted:
             assert self.process.poll() is None, self._output.read_text()
             assert time.monotonic() < deadline, f"no step {wanted} in {self._log}"
@@ -153,7 +153,7 @@ class Trainer:
 
     def finish(self) -> None:
         """Wait until the job has ended well."""
-        assert self.process.wait(240) == 0, self._output.read_text()
+        assert self.process.wait(600) == 0, self._output.read_text()
 
     def close(self) -> None:
         """End the job if it still runs, as Ctrl-C does, so that Ray ends with it."""
@@ -162,7 +162,7 @@ class Trainer:
             self.process.wait(60)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_every_step_of_an_outage_is_in_mlflow_afterwards(tmp_path: Path) -> None:
     outage = train_through_outage(tmp_path, OUTAGE_S)
     print(f"{outage.num_steps} steps; the server was down from step {outage.killed_at} to step {outage.back_at}")
