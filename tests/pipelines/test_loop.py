@@ -35,8 +35,7 @@ from pipelines.train import TrainConfig
 
 configs, rank, world_size, out = json.loads(open(sys.argv[1]).read()), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 torch.set_num_threads(1)
-if world_size > 1:
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
+torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)  # of one, too, as Ray Train has it
 records, steps = [], loop.training_steps
 
 def watched(*arguments):
@@ -49,8 +48,7 @@ for config in configs:
     records.append([])
     loop.run_training(TrainConfig.model_validate(config), "r", loop.Ranks(rank, world_size), None)
 open(out, "w").write(json.dumps(records))
-if world_size > 1:
-    torch.distributed.destroy_process_group()
+torch.distributed.destroy_process_group()
 """
 
 

@@ -109,7 +109,7 @@ def test_only_adapters_and_what_is_learned_anew_are_trained_and_kept(
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     in_full = {"vision_head.weight", "image_prefill_embeds.weight"}
     assert changed == {name for name in after if "lora_" in name} | in_full
-    assert len(changed) == 3 * 3 * 2 + 2  # layers, targets, A and B
+    assert len(changed) == 4 * 3 * 2 + 2  # layers, targets, A and B
     weights = exported(config, tmp_path)
     assert weights.keys() == changed
     assert all(torch.equal(weights[name], after[name].detach()) for name in changed)
