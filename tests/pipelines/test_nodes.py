@@ -29,7 +29,7 @@ from test_train import make_config
 from pipelines import checkpoint
 from pipelines.train import TrainConfig
 
-pytestmark = pytest.mark.timeout(1500)
+pytestmark = [pytest.mark.nodes, pytest.mark.timeout(1500)]
 
 DRAIN_S = 30  # from the notice until the node is taken away
 BATCH_SAMPLES = 60  # of the tiny model: some ten steps a second on an idle machine
