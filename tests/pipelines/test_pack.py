@@ -223,9 +223,17 @@ def test_finished_shards_of_files_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.glob("*.tar")) == ["samples-000000.tar", "samples-000001.tar"]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt; a shell's background job begins with it ignored."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
 # The signal may come inside `open`, before its `with` begins: Python then closes the file when it is collected.
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
-def test_a_job_that_was_interrupted_goes_on(tmp_path: Path) -> None:
+def test_a_job_that_was_interrupted_goes_on(tmp_path: Path, interruptible: None) -> None:
     input = write_jsonl(tmp_path / "in", 400)
     whole = pack(own(tmp_path / "whole", input=input, samples_per_shard=5))
     config = own(tmp_path / "s", input=input, samples_per_shard=5)
