@@ -34,7 +34,7 @@ NUM_RANKS = 4
 FP32_BYTES = 4
 WAYS = ("streamed", "streamed, LoRA", "loaded whole")
 SLACK = 1.25  # of a rank's part, in anonymous memory
-LARGEST_SHARE = 0.667  # of the whole model in fp32, resident
+LARGEST_SHARE = 0.5  # of the whole model in fp32, resident
 # Prints the growth of RssAnon and of VmRSS, in bytes: rank, way, folder.
 RANK = """
 import json, sys, threading, time
