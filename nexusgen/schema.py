@@ -9,13 +9,15 @@ One place for every column: name, dtype, shape, unit, who writes it and who read
 | messages | list<struct<role, content>> | the conversation, `<image>` marks each image in order | embed | train |
 | meta | string | every other field of the sample's json, as json | embed | inspect, evaluate |
 | num_tokens | int32 | tokens of the conversation as stage ar sees it, images included | embed | train |
+| images | list<binary> | mode images: the sample's pictures as they came, still compressed | embed | train |
 | R_index | list<int16> | which of the sample's images the role's entries are | embed | train |
 | R_grid | list<int16> | h, w pairs in tokens (latents: in latent pixels), one pair per entry | embed | train |
 | R_dtype | string | `bfloat16`, `float32` or `int8` (or empty where the role has no entry) | embed | train |
 | R_data | list<binary> | raw little-endian array per entry: [h*w, hidden]; latents [channels, h, w] | embed | train |
 | R_scale | list<binary> | of `int8`: a float32 per token, to multiply its numbers by; else empty | embed | train |
 
-Roles R by mode: vision has `input`, `target`, `crop`; latents `latents`; predicted `reference` and `predicted`.
+Roles R by mode: vision has `input`, `target`, `crop`; latents `latents`; predicted `reference` and `predicted`; images
+has none.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import pyarrow as pa
 Task = Literal["understanding", "generation", "editing"]
 TASKS: tuple[Task, ...] = ("understanding", "generation", "editing")
 
-EmbedMode = Literal["vision", "latents", "predicted"]
+EmbedMode = Literal["vision", "latents", "predicted", "images"]
 StoredDtype = Literal["bfloat16", "int8"]  # of arrays that `embed` writes
 ROLE_PARTS = ("index", "grid", "dtype", "data", "scale")  # columns of a role R: R_index, R_grid, ...
 VISION_ROLES = ("input", "target", "crop", "reference")
@@ -98,7 +100,7 @@ _MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 
 
 def embedded_schema(roles: tuple[str, ...]) -> pa.Schema:
-    """Columns of embedded data for the given roles (`latents` is the only role of mode latents)."""
+    """Columns of embedded data for the given roles (`latents` is the only role of mode latents; images has none)."""
     columns: list[tuple[str, pa.DataType]] = [
         ("key", pa.string()),
         ("shard", pa.string()),
@@ -109,6 +111,8 @@ def embedded_schema(roles: tuple[str, ...]) -> pa.Schema:
         ("meta", pa.string()),
         ("num_tokens", pa.int32()),
     ]
+    if not roles:
+        columns.append(("images", pa.list_(pa.binary())))
     for role in roles:
         columns += [
             (f"{role}_index", pa.list_(pa.int16())),

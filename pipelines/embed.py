@@ -76,6 +76,8 @@ class EmbedConfig(Config):
     def _check(self) -> Self:
         if self.dtype == "int8" and self.mode == "latents":
             raise ValueError("dtype int8 has a scale per token, and latents have no tokens: leave them bfloat16")
+        if self.mode == "images" and (self.dtype != "bfloat16" or self.gpus_per_encoder):
+            raise ValueError("mode images encodes nothing: leave out dtype and gpus_per_encoder")
         return self
 
 

@@ -8,8 +8,8 @@
       config.yaml run.json fingerprint      made by which configuration, MLflow run and encoder
       takedowns.json               which dropped keys the finished shards were searched for (`takedowns.py`)
 
-Slices of the modes of one NAME have the same file names, rows and order. Plain pyarrow or
-polars read the files; `arrays.py` tells what the bytes are.
+Slices of the modes of one NAME have the same file names, rows and order; mode images holds pictures, not
+embeddings. Plain pyarrow or polars read the files; `arrays.py` tells what the bytes are.
 """
 
 from __future__ import annotations

@@ -81,13 +81,15 @@ class VisionEncoder:
 
     roles: tuple[str, ...] = ("input", "target", "crop")
 
-    def __init__(self, model: AutoregressiveModel, max_patches: int) -> None:
+    def __init__(self, model: AutoregressiveModel, max_patches: int, roles: tuple[str, ...] | None = None) -> None:
+        """`roles`: those of its roles that are wanted, default all. Of the model only the tower is used."""
         self.model = model
         self.geometry = model.geometry
         self.max_cost = max_patches
+        self.roles = self.roles if roles is None else roles
 
     def roles_of(self, speaker: str, task: Task) -> tuple[str, ...]:
-        return ("input",) if speaker == "user" else ("target", "crop")
+        return tuple(role for role in self.roles if (role == "input") == (speaker == "user"))
 
     def picture(self, image: Image.Image, role: str) -> Picture:
         resized = image_for_role(image, role, self.geometry)
@@ -98,7 +100,7 @@ class VisionEncoder:
 
     @torch.no_grad()
     def encode(self, pictures: Sequence[Picture]) -> list[Encoded]:
-        device, merge = self.model.vision_head.weight.device, self.geometry.merge_size
+        device, merge = self.model.qwen.model.visual.device, self.geometry.merge_size
         grids = torch.tensor([(1, p.grid[0] * merge, p.grid[1] * merge) for p in pictures])
         patches = torch.cat([p.tensor for p in pictures])
         embeddings = self.model.encode_images(patches.to(device), grids.to(device)).cpu()
@@ -184,6 +186,22 @@ class LatentEncoder:
         latents = encode_latents(self.autoencoder, torch.cat([p.tensor for p in pictures]).to(self.device)).cpu()
         grid = (int(latents.shape[-2]), int(latents.shape[-1]))
         return [Encoded(grid, latent) for latent in latents]
+
+
+class ImageKeeper:
+    """No encoder: pictures are seen to be good, and stored as they came, to be encoded while a training runs."""
+
+    roles: tuple[str, ...] = ()
+    max_cost = 0
+
+    def roles_of(self, speaker: str, task: Task) -> tuple[str, ...]:
+        return ()
+
+    def picture(self, image: Image.Image, role: str) -> Picture:
+        raise AssertionError("no image has a role")
+
+    def encode(self, pictures: Sequence[Picture]) -> list[Encoded]:
+        raise AssertionError("no image has a role")
 
 
 def _name_pixels(image: Image.Image) -> bytes:
@@ -291,6 +309,8 @@ def encode_slice(
             texts = (sample.shard, sample.key, error.member, error.reason_code, error.reason[:500])
             rejected.append(QuarantineRow(*texts))
             continue
+        if isinstance(encoder, ImageKeeper):
+            row["images"] = list(sample.images)
         rows.append(row)
         places.append(
             [(role, i, batcher.add(picture)) for i, one in enumerate(ready) for role, picture in one.pictures.items()]

@@ -30,9 +30,10 @@ from pipelines.checkpoint import Meta
 from pipelines.flops import find_utilisation
 from pipelines.follow import Follower, StepRecord, draw_pictures, forward_precision, validate
 from pipelines.notices import BITS, STOPS, Notice, Notices
+from pipelines.online import OnlineEncoder
 from pipelines.parallel import local, recompute_activations, resolve_precision, set_last_backward, shard_module, whole
 from pipelines.registry import resolve_model
-from pipelines.stage_data import MAX_CACHE_BYTES, StageData, StageSource, open_data
+from pipelines.stage_data import MAX_CACHE_BYTES, OnlineSource, StageData, StageSource, open_data
 from pipelines.stages import STAGES, AnyStage, StepRandom, hollow_stage
 
 if TYPE_CHECKING:
@@ -285,7 +286,12 @@ def run_training(
             average.tensors = dict(averaged)
     guard = SpikeGuard(config.max_gradient_ratio, meta.gradient_norms)
     cache_bytes = max(MAX_CACHE_BYTES, 2 * plan.num_window_bytes)
-    source: StageSource[Any, Any] = StageSource(data, stage, cache_bytes)
+    source: StageSource[Any, Any]
+    if config.embeddings == "online":
+        encoder = OnlineEncoder(folder, stage.roles["vision"], ranks.device, max(1, int(config.cpus_per_worker)))
+        source = OnlineSource(data, stage, encoder, cache_bytes)
+    else:
+        source = StageSource(data, stage, cache_bytes)
     batches = iterate(plan, source, config.num_steps, meta.step, ranks.rank, ranks.world_size, config.num_micro_batches)
     saver = checkpoint.Saver(place, ranks.rank, ranks.world_size, config.keep_checkpoints)
     utilisation = find_utilisation(stage.module, ranks.device, ranks.world_size, config.precision)
@@ -378,5 +384,5 @@ def _first_meta(
 def open_training(config: TrainConfig, manifest: Manifest) -> tuple[StageData, Plan]:
     """The embedded data of a training, and its plan. Raises: as `open_data` and `Plan`."""
     stage = STAGES[config.stage]
-    data = open_data(config.storage, config.data_names, stage, manifest, config.validation_fraction)
+    data = open_data(config.storage, config.data_names, stage, manifest, config.validation_fraction, config.embeddings)
     return data, Plan(data.train_table, config.batch_rule, config.seed, data.digest)

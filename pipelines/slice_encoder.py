@@ -28,8 +28,13 @@ if TYPE_CHECKING:
     from pipelines.encoders import Encoder
 
 
-# The part of a model that encodes, by the name that its manifest has a fingerprint for.
-ENCODING_PARTS: dict[EmbedMode, str] = {"vision": "vision", "latents": "vae", "predicted": "autoregressive"}
+# The part of a model that encodes, by the name that its manifest has a fingerprint for; or will, of mode images.
+ENCODING_PARTS: dict[EmbedMode, str] = {
+    "vision": "vision",
+    "latents": "vae",
+    "predicted": "autoregressive",
+    "images": "vision",
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ class SliceEncoder:
 
         from nexusgen.model.weights import load_model
         from nexusgen.prompts import load_tokenizer
-        from pipelines.encoders import LatentEncoder, PredictionEncoder, VisionEncoder
+        from pipelines.encoders import ImageKeeper, LatentEncoder, PredictionEncoder, VisionEncoder
 
         config = self.plan.config
         device = "cuda" if config.gpus_per_encoder else "cpu"
@@ -99,10 +104,14 @@ class SliceEncoder:
                 f"{self.plan.fingerprint} when the job began: keep the model as it is until the job ends, and start it "
                 f"again"
             )
-        part = "vae" if config.mode == "latents" else "autoregressive"
-        model = load_model(folder, [part], getattr(torch, compute_dtype(config)), device)
+        parts: dict[EmbedMode, list[str]] = {"latents": ["vae"], "images": []}
+        model = load_model(
+            folder, parts.get(config.mode, ["autoregressive"]), getattr(torch, compute_dtype(config)), device
+        )
         self.geometry: Geometry = model.manifest.geometry
         self.tokenizer = model.tokenizer or load_tokenizer(folder / "autoregressive")
+        if config.mode == "images":
+            return ImageKeeper()
         if config.mode == "latents":
             assert model.autoencoder is not None
             max_pixels = config.batch_patches * model.manifest.geometry.patch_size**2

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,7 @@ from pipelines.batches import RankStep, Rows, RowTable
 from pipelines.checkpoint import DataInput
 from pipelines.embedded import EmbeddedManifest, SliceInfo
 from pipelines.loaded_slice import LoadedSlice, columns_of
+from pipelines.online import COLUMNS, OnlineEncoder
 from pipelines.slice_cache import SliceCache
 from pipelines.stages import AnyStage, Stage
 
@@ -32,6 +33,8 @@ TOKEN_BYTES = 64  # in memory, of a tokenised conversation: id, label and positi
 
 PreparedT = TypeVar("PreparedT")
 BatchT = TypeVar("BatchT")
+Embeddings = Literal["stored", "online"]  # as `embed` wrote them, or made of pictures while the training runs
+Roles = Mapping[EmbedMode, tuple[str, ...]]  # that are read, by mode
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,12 @@ class StageData:
 
 
 def open_data(
-    storage_uri: str, names: Sequence[str], stage: type[AnyStage], model: Manifest, validation_fraction: float
+    storage_uri: str,
+    names: Sequence[str],
+    stage: type[AnyStage],
+    model: Manifest,
+    validation_fraction: float,
+    embeddings: Embeddings = "stored",
 ) -> StageData:
     """Find the rows of embedded data that a stage can use, and check that the data is this model's.
 
@@ -69,14 +77,15 @@ def open_data(
     slice_bytes: list[int] = []
     columns: dict[str, list[Any]] = {"lengths": [], "tasks": [], "slices": [], "places": [], "hashes": []}
     inputs: list[DataInput] = []
+    roles: Roles = stage.roles if embeddings == "stored" else {"images": ()}
     for name in names:
-        manifests = {mode: embedded.read_manifest(storage_uri, name, mode) for mode in stage.roles}
+        manifests = {mode: embedded.read_manifest(storage_uri, name, mode) for mode in roles}
         for mode, manifest in manifests.items():
             _check_fingerprint(manifest, name, mode, stage, model)
             uri = embedded.folder_of(storage_uri, name, mode)
             inputs.append(DataInput(name=f"{name}/{mode}", uri=uri, digest=manifest.digest, run_id=manifest.run_id))
         for group in _join_slices(name, manifests):
-            header, num_bytes = _read_header(group, stage)
+            header, num_bytes = _read_header(group, roles)
             lengths = stage.lengths(header)
             tasks = np.array([TASKS.index(task) for task in header["task"].to_pylist()])
             usable = np.flatnonzero((lengths > 0) & np.isin(tasks, [TASKS.index(task) for task in stage.tasks]))
@@ -135,17 +144,18 @@ def _join_slices(name: str, manifests: dict[EmbedMode, EmbeddedManifest]) -> lis
     return [{mode: by_mode[mode][n] for mode in by_mode} for n, info in by_mode[first].items() if info.num_rows]
 
 
-def _read_header(group: dict[EmbedMode, SliceInfo], stage: type[AnyStage]) -> tuple[dict[str, pa.ChunkedArray], int]:
-    """The small columns of a slice (key, task, length, and the grids of the stage's roles), and its bytes in memory."""
+def _read_header(group: dict[EmbedMode, SliceInfo], roles: Roles) -> tuple[dict[str, pa.ChunkedArray], int]:
+    """The small columns of a slice (key, task, length, and the grids of its roles), and its bytes in memory."""
     header: dict[str, pa.ChunkedArray] = {}
     num_bytes = 0
     for mode, info in group.items():
         wanted = ["key", "task", "num_tokens"]
-        wanted += [f"{role}_{part}" for role in stage.roles[mode] for part in ("grid", "dtype")]
+        wanted += [f"{role}_{part}" for role in roles[mode] for part in ("grid", "dtype")]
         table, sizes = embedded.read_small_columns(info, wanted)
         _check_columns(info, table, wanted)
         header |= {column: table[column] for column in wanted}
-        for role in stage.roles[mode]:
+        num_bytes += sizes.get("images", 0)
+        for role in roles[mode]:
             is_int8 = "int8" in pc.unique(table[f"{role}_dtype"]).to_pylist()
             num_bytes += sizes.get(f"{role}_data", 0) * (1 + 4 * is_int8)  # as stored, and as float32
     return header, num_bytes + int(pc.sum(header["num_tokens"]).as_py() or 0) * TOKEN_BYTES
@@ -186,7 +196,7 @@ class StageSource(Generic[PreparedT, BatchT]):
         slices = {number: self._cache.get(number) for number in self._slices_of(numbers)}
         in_slices, places = self._data.table.slices[numbers].tolist(), self._data.places[numbers].tolist()
         return self._stage.collate(
-            [slices[number].prepared(place) for number, place in zip(in_slices, places, strict=True)]
+            self._prepare([(slices[number], place) for number, place in zip(in_slices, places, strict=True)])
         )
 
     def ahead(self, steps: Iterator[RankStep]) -> Generator[RankStep, None, None]:
@@ -202,7 +212,8 @@ class StageSource(Generic[PreparedT, BatchT]):
             for number in self._slices_of(missing):
                 rows = missing[self._data.table.slices[missing] == number]
                 found = self._load(number, self._data.places[rows])
-                self._kept |= {row: found.prepared(place) for place, row in enumerate(rows.tolist())}
+                prepared = self._prepare([(found, place) for place in range(len(rows))])
+                self._kept |= dict(zip(rows.tolist(), prepared, strict=True))
             return [self._kept[number] for number in numbers.tolist()]
 
     def keys(self, rows: Rows) -> list[str]:
@@ -218,10 +229,41 @@ class StageSource(Generic[PreparedT, BatchT]):
     def _slices_of(self, numbers: Rows) -> list[int]:
         return np.unique(self._data.table.slices[numbers]).tolist()
 
-    def _load(self, number: int, places: Rows | None = None) -> LoadedSlice[PreparedT]:
+    def _load(self, number: int, places: Rows | None = None) -> Any:
         """A slice, or some of its rows in memory of their own."""
         group = self._data.slices[number]
         tables = {mode: _read_columns(info, columns_of(self._stage, mode)) for mode, info in group.items()}
         if places is not None:
             tables = {mode: table.take(pa.array(places)) for mode, table in tables.items()}
         return LoadedSlice(tables, self._stage, next(iter(group.values())).uri)
+
+    def _prepare(self, rows: Sequence[tuple[Any, int]]) -> list[PreparedT]:
+        """What the stage makes of rows, given as what `_load` gave, and their places in it."""
+        return [loaded.prepared(place) for loaded, place in rows]
+
+
+class OnlineSource(StageSource[PreparedT, BatchT]):
+    """Batches of a stage whose embeddings are made of pictures when they are used, those of a batch together.
+
+    Slices of pictures are kept as stored ones are, embeddings aren't: each rank encodes its own rows, and no others.
+    """
+
+    def __init__(
+        self,
+        data: StageData,
+        stage: Stage[PreparedT, BatchT],
+        encoder: OnlineEncoder,
+        cache_bytes: int | None = None,
+    ) -> None:
+        """`data` is opened with embeddings="online". Raises, later: as `StageSource`."""
+        super().__init__(data, stage, cache_bytes)
+        self._encoder = encoder
+
+    def _load(self, number: int, places: Rows | None = None) -> pa.Table:
+        table = _read_columns(self._data.slices[number]["images"], COLUMNS)
+        return table if places is None else table.take(pa.array(places))
+
+    def _prepare(self, rows: Sequence[tuple[pa.Table, int]]) -> list[PreparedT]:
+        made = self._encoder.encode(pa.concat_tables([table.slice(place, 1) for table, place in rows]))
+        loaded = LoadedSlice({"vision": made}, self._stage, "a batch")
+        return [loaded.prepared(place) for place in range(len(rows))]

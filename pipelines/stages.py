@@ -41,7 +41,7 @@ from nexusgen.model.autoregressive import (
     target_positions,
 )
 from nexusgen.model.decoder import ConditionerKind, VisionDecoder
-from nexusgen.model.weights import DRAWING_PARTS, State, load_hollow
+from nexusgen.model.weights import DRAWING_PARTS, VISION_TOWER, State, load_hollow
 from nexusgen.prompts import IGNORED_LABEL, Conversation, encode_conversation
 from nexusgen.sampling import decode_embeddings
 from nexusgen.schema import EmbedMode, Message, Task
@@ -49,7 +49,6 @@ from pipelines.lora import LoraConfig, add_adapters, start_adapters
 from pipelines.parallel import fill_module
 
 StageName = Literal["ar", "generation_decoder", "editing_decoder"]
-_VISION_TOWER = "qwen.model.visual."  # its tensors in the autoregressive model
 PreparedT = TypeVar("PreparedT")
 BatchT = TypeVar("BatchT")
 
@@ -163,7 +162,7 @@ class AutoregressiveStage(Stage[PreparedConversation, ConversationBatch]):
 
     name = "ar"
     roles: ClassVar = {"vision": ("input", "target")}
-    encoders: ClassVar = {"vision": "vision"}
+    encoders: ClassVar = {"vision": "vision", "images": "vision"}
     parts = ("autoregressive",)
     tasks = ("generation", "editing", "understanding")
     weights = AUTOREGRESSIVE_WEIGHTS
@@ -175,7 +174,7 @@ class AutoregressiveStage(Stage[PreparedConversation, ConversationBatch]):
         self.module: AutoregressiveModel = model.autoregressive
         self._num_target_tokens = model.manifest.geometry.num_target_tokens
         self.module.qwen.model.visual = nn.Identity()
-        self._start = {name: tensor for name, tensor in state.items() if not name.startswith(_VISION_TOWER)}
+        self._start = {name: tensor for name, tensor in state.items() if not name.startswith(VISION_TOWER)}
         if lora is not None:
             add_adapters(self.module, lora, frozen_dtype)
             self._start = start_adapters(self.module, self._start)

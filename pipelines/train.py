@@ -33,6 +33,7 @@ from pipelines.notices import Notice, Notices, active
 from pipelines.parallel import resolve_precision
 from pipelines.registry import pin_model, resolve_model
 from pipelines.runtime import CpuMeter, JobReport, ray_cluster
+from pipelines.stage_data import Embeddings
 from pipelines.stages import STAGES, StageName
 
 SHOW_EVERY_S = 10.0  # the driver prints where rank 0 is
@@ -49,6 +50,7 @@ class TrainConfig(Config):
     stage: StageName
     data: str | list[str] | None = None  # names of embedded data; default: the project's own name
     model: str = "demo-base"
+    embeddings: Embeddings = "stored"  # online: made of mode images while stage ar runs, where storing is too much
 
     num_steps: int = Field(default=1000, ge=1)
     batch_samples: int = Field(default=24, ge=1)  # samples of a step, over all workers
@@ -112,6 +114,11 @@ class TrainConfig(Config):
             raise ValueError(
                 f"lora is for stage ar, the language model; stage {self.stage} trains its decoder in full: "
                 "leave lora out, or set lora=null"
+            )
+        if self.embeddings == "online" and self.stage != "ar":
+            raise ValueError(
+                f"embeddings=online is for stage ar; stage {self.stage} reads few numbers of each picture, and "
+                "predictions of a whole language model: embed them, and set embeddings=stored"
             )
         return self
 

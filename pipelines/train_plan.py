@@ -84,7 +84,7 @@ def plan_training(config: TrainConfig) -> TrainingPlan:
     arXiv 2205.05198, section 4, without the squares of attention), or 2 of them and one whole layer where they are
     computed again. Operations are those of `ModelWork.flops` for the tokens that are computed, padding among them.
     Frozen matrices are held in the forward's precision; adapters' activations, with those of the layers, aren't counted
-    apart.
+    apart. Of embeddings made online the tower's memory is told, and its time isn't.
     Raises: as `train`, before it starts a worker; ResourceError at once if a store doesn't answer.
     """
     try:
@@ -123,6 +123,11 @@ def plan_training(config: TrainConfig) -> TrainingPlan:
         memory["weights, frozen"] = frozen_bytes // sharing
     if config.ema_decay:
         memory["averaged weights"] = state
+    if config.embeddings == "online":
+        tower = hollow_part(folder, manifest, "autoregressive")
+        assert isinstance(tower, AutoregressiveModel)
+        num_parameters = sum(parameter.numel() for parameter in tower.qwen.model.visual.parameters())
+        memory["vision tower, frozen"] = num_parameters * (BF16_BYTES if config.gpus_per_worker else FP32_BYTES)
     if "vae" in STAGES[config.stage].parts:
         memory["autoencoder, frozen"] = weight_bytes(folder, "vae", torch.float32)
     if sharing > 1:

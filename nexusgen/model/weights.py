@@ -70,6 +70,7 @@ _SMALL_FILES = (
     "scheduler/scheduler_config.json",
     "prompt_constants.safetensors",
 )
+VISION_TOWER = "qwen.model.visual."  # its tensors in `AutoregressiveModel`
 _FIRST_LAYER = "model.layers.0."  # of the language model, in its folder
 _SEED = 0  # of weights that training makes from nothing
 _C_LIBRARY = ctypes.CDLL(None)

@@ -536,6 +536,11 @@ def test_shipped_configs_of_the_full_size_embed_each_mode(mode: str) -> None:
     assert (loaded.mode, loaded.gpus_per_encoder, loaded.decode_threads) == (mode, 1, 8)
 
 
+def test_the_shipped_config_of_pictures_encodes_nothing() -> None:
+    loaded = load_config(EmbedConfig, DEMO_CONFIGS.parent / "7b" / "embed_images.yaml")
+    assert (loaded.mode, loaded.gpus_per_encoder, loaded.decode_threads) == ("images", 0, 4)
+
+
 @pytest.mark.parametrize(
     ("size", "stage"), [("7b", "ar"), ("7b", "generation_decoder"), ("7b", "editing_decoder"), ("3b", "ar")]
 )
