@@ -22,17 +22,10 @@ from nexusgen.model.autoregressive import AutoregressiveModel
 from nexusgen.model.decoder import ConditionerKind
 from nexusgen.model.weights import Model
 from nexusgen.prompts import TokenGrid, check_messages, encode_prompt
-from nexusgen.replies import (
-    MAX_TEXT_BEFORE_IMAGE,
-    ImageMode,
-    Piece,
-    Prompt,
-    SamplingParams,
-    decode_text,
-    generate_replies,
-    stream_replies,
-)
+from nexusgen.replies import ImageMode, generate_replies, stream_replies
 from nexusgen.schema import IMAGE_MARK, Message
+from nexusgen.text_stream import decode_text
+from nexusgen.writing import MAX_TEXT_BEFORE_IMAGE, Piece, Prompt, SamplingParams
 
 
 def check_prompt(prompt: str) -> None:
