@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from nexusgen import defaults
 from nexusgen.errors import InputError, ModelError
 from nexusgen.flow_matching import euler_sample, initial_noise
+from nexusgen.geometry import Geometry
 from nexusgen.images import from_pixels, input_image, reference_image, to_patches
 from nexusgen.model.autoencoder import decode_latents, latent_shape
 from nexusgen.model.autoregressive import AutoregressiveModel
@@ -61,7 +62,7 @@ def predict_embeddings(
     """
     for prompt in prompts:
         check_prompt(prompt)
-    requests = _read(model, [[Message("user", prompt.replace(IMAGE_MARK, " "))] for prompt in prompts], [])
+    requests = _read(model, [drawing_messages(prompt) for prompt in prompts], [])
     return _predict(model, requests, image_mode)
 
 
@@ -74,15 +75,15 @@ def predict_edits(
     """
     for instruction in instructions:
         check_instruction(instruction)
-    contents = [f"{IMAGE_MARK} {instruction.replace(IMAGE_MARK, ' ')}" for instruction in instructions]
-    requests = _read(model, [[Message("user", content)] for content in contents], images)
+    requests = _read(model, [edit_messages(instruction) for instruction in instructions], images)
     return _predict(model, requests, ImageMode.ONE_PASS)
 
 
 def _predict(model: Model, requests: Sequence[Prompt], image_mode: ImageMode) -> Float[Tensor, "prompts tokens hidden"]:
     autoregressive, tokenizer = _autoregressive_part(model)
-    room = MAX_TEXT_BEFORE_IMAGE + 1 + autoregressive.geometry.num_target_tokens
-    sampling = [SamplingParams(max_new_tokens=room, needs_image=True)] * len(requests)
+    params = drawing_params(autoregressive.geometry)
+    room = params.max_new_tokens
+    sampling = [params] * len(requests)
     context = int(autoregressive.text_config.max_position_embeddings)
     for request in requests:
         length = len(request.conversation.input_ids)
@@ -241,14 +242,39 @@ def respond(
     `images` are those that the user gives, one for each `<image>` in the user's messages, in order. An `<image>` in an
     answer of the assistant is one that it predicted: it stays query embeddings, as it was then. `decode_embeddings`
     draws the image of a piece; of an offloaded model, do so when the reply is finished. Greedy without `params`.
-    Raises: InputError if the last message isn't the user's, or marks and images don't match; as `generate_replies`.
+    Raises: as `read_conversation` and `generate_replies`.
+    """
+    sampling = params if params is not None else SamplingParams()
+    prompt = read_conversation(model, messages, images)
+    autoregressive, tokenizer = _autoregressive_part(model)
+    return stream_replies(autoregressive, [prompt], [sampling], tokenizer)
+
+
+def read_conversation(model: Model, messages: Sequence[Message], images: Sequence[Image.Image] = ()) -> Prompt:
+    """A whole conversation as the prompt of the assistant's next reply. `images` as in `respond`.
+
+    Raises: InputError if the last message isn't the user's, marks and images don't match, or the text is too long;
+    ModelError if the folder has no autoregressive part.
     """
     if not messages or messages[-1].role != "user" or not messages[-1].content.strip():
         raise InputError("the conversation must end in a message of the user that says something")
-    sampling = params if params is not None else SamplingParams()
-    prompts = _read(model, [messages], images)
-    autoregressive, tokenizer = _autoregressive_part(model)
-    return stream_replies(autoregressive, prompts, [sampling], tokenizer)
+    (prompt,) = _read(model, [messages], images)
+    return prompt
+
+
+def drawing_messages(prompt: str) -> tuple[Message, ...]:
+    """A conversation that asks for a picture."""
+    return (Message("user", prompt.replace(IMAGE_MARK, " ")),)
+
+
+def edit_messages(instruction: str) -> tuple[Message, ...]:
+    """A conversation that asks for a change of one image."""
+    return (Message("user", f"{IMAGE_MARK} {instruction.replace(IMAGE_MARK, ' ')}"),)
+
+
+def drawing_params(geometry: Geometry) -> SamplingParams:
+    """How a reply is drawn of which only the image is wanted: greedy, and no longer than it may take."""
+    return SamplingParams(max_new_tokens=MAX_TEXT_BEFORE_IMAGE + 1 + geometry.num_target_tokens, needs_image=True)
 
 
 def question_messages(question: str) -> tuple[Message, ...]:
