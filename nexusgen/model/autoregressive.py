@@ -147,10 +147,11 @@ class AutoregressiveModel(nn.Module):
         self,
         embeddings: Float[Tensor, "batch length hidden"],
         position_ids: Int[Tensor, "3 batch length"],
-        attention_mask: Int[Tensor, "batch total"] | None = None,
+        attention_mask: Int[Tensor, "batch total"] | Bool[Tensor, "batch 1 length total"] | None = None,
         cache: Any = None,
     ) -> Float[Tensor, "batch length hidden"]:
-        """The language model's layers and final norm; `attention_mask` covers the cached positions too."""
+        """The language model's layers and final norm; `attention_mask` covers the cached positions too, as ones at
+        tokens or as what each new token sees."""
         output: Any = self.qwen.model.language_model(
             inputs_embeds=embeddings,
             position_ids=position_ids,
