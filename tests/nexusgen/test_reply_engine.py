@@ -39,7 +39,7 @@ from nexusgen.sampling import (
 )
 from nexusgen.schema import Message
 
-NUM_REQUESTS = 80
+NUM_REQUESTS = 60
 MAX_LENGTH = 200  # tokens; the longest of the random prompts and replies together
 
 tokenizer = test_replies.tokenizer
