@@ -7,12 +7,14 @@ one; then each request chooses its next token. What a reply says is what `genera
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerBase
 
 from nexusgen.errors import InputError, ResourceError
@@ -222,4 +224,7 @@ class ReplyEngine:
         self._cache.begin(slots, starts, num_new, num_keys)
         needs_mask = self._deterministic or num_new > 1 or len(set(starts)) > 1
         mask = self._cache.mask() if needs_mask else None
-        return self._model.run_layers(embeddings, positions.to(self._device), mask, self._cache), rows
+        # A CPU's fused attention rounds by how its threads' buffers lie in memory: differently from slot to slot.
+        is_plain = self._deterministic and self._device.type == "cpu"
+        with sdpa_kernel(SDPBackend.MATH) if is_plain else contextlib.nullcontext():
+            return self._model.run_layers(embeddings, positions.to(self._device), mask, self._cache), rows

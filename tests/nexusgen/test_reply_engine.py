@@ -160,6 +160,23 @@ def test_deterministic_replies_are_equal_in_every_bit_alone_and_in_company(model
         assert_same_bits(pieces[-1].reply, run_alone(fresh, prompt, params))
 
 
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_deterministic_replies_are_equal_in_every_bit_on_several_threads(model, tokenizer):
+    opened = continued(text_prompt(tokenizer), [model.config.vision_start_token_id], model)
+    params = SamplingParams(max_new_tokens=25)
+    engine = ReplyEngine(model, tokenizer, 4, MAX_LENGTH, deterministic=True)
+    alone = run_alone(engine, opened, params)
+    for reply in finish(engine, *[engine.join(opened, params) for _ in range(4)]):
+        assert_same_bits(reply, alone)
+
+
 def test_deterministic_replies_of_the_demo_base_are_equal_in_every_bit(demo):
     rng = np.random.default_rng(5)
     colours = ("red", "green", "blue", "white")
