@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import io
 import json
 import threading
@@ -40,13 +41,14 @@ SLOW_S = 0.2
 class PaintBackend:
     """An `orders.Backend` that paints a circle and a square in the seed's colours, and inverts what it edits."""
 
-    def __init__(self) -> None:
+    def __init__(self, models: Sequence[str] = ("nexusgen",)) -> None:
+        self._models = [dataclasses.replace(INFO, id=name) for name in models]
         self.orders: list[Any] = []
         self.num_closed = 0  # streams whose client went away in the middle
         self._refused: set[str] = set()
 
     async def models(self) -> list[orders.ModelInfo]:
-        return [INFO]
+        return self._models
 
     async def draw(self, order: orders.PictureOrder) -> AsyncIterator[orders.PictureEvent]:
         self.orders.append(order)
@@ -185,7 +187,9 @@ def _picture_settings(body: dict[str, Any]) -> orders.PictureSettings:
 def _picture_order(body: dict[str, Any], images: tuple[bytes, ...] = ()) -> orders.PictureOrder:
     assert str(body["stream"]).lower() == "true"
     assert int(body["n"]) == 1
-    return orders.PictureOrder(body["prompt"], _picture_settings(body), images, int(body["partial_images"]))
+    return orders.PictureOrder(
+        body["prompt"], _picture_settings(body), images, int(body["partial_images"]), body.get("model")
+    )
 
 
 def _chat_order(body: dict[str, Any]) -> orders.ChatOrder:
@@ -207,6 +211,7 @@ def _chat_order(body: dict[str, Any]) -> orders.ChatOrder:
         modality,  # type: ignore[arg-type]
         max_tokens=body.get("max_tokens"),
         temperature=body.get("temperature", 0.0),
+        model=body.get("model"),
     )
 
 

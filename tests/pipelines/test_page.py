@@ -10,7 +10,7 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from page_door import INFO, PAGE, PaintBackend, painted, plain_door, served
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
 
+from nexusgen.schema import Message
 from pipelines import orders
 
 KEY = "a-key-of-the-test"
@@ -83,8 +84,8 @@ def open_page(browser: Browser) -> Iterator[Open]:
     visits: list[Visit] = []
     with ExitStack() as stack:
 
-        def open_page(keys: tuple[str, ...] = (), **options: Any) -> Visit:
-            backend = PaintBackend()
+        def open_page(keys: tuple[str, ...] = (), models: Sequence[str] = ("nexusgen",), **options: Any) -> Visit:
+            backend = PaintBackend(models)
             url = stack.enter_context(served(plain_door(backend, keys)))  # api.create_app does as well
             context: BrowserContext = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
             stack.callback(context.close)
@@ -141,6 +142,11 @@ def shown(picture: Locator) -> Image.Image:
 
 def expected_picture(seed: int, size: tuple[int, int] = (96, 96)) -> Image.Image:
     return painted(orders.PictureSettings(seed=seed, size=size))
+
+
+def words(message: Message) -> str:
+    """A message's words and marks, whatever space the door puts between them."""
+    return " ".join(message.content.replace("<image>", " <image> ").split())
 
 
 def drop_file(page: Page, path: Path, media_type: str = "image/png", name: str = "dropped.png") -> None:
@@ -204,8 +210,20 @@ def test_files_hold_nothing_inline_and_name_no_other_host() -> None:
 
 
 def test_model_and_version_are_shown(visit: Visit) -> None:
+    expect(visit.page.get_by_role("combobox", name="Model")).to_be_hidden()  # there is but one
     expect(visit.page.locator("#model")).to_have_text("version 3")
     expect(visit.page.locator("#model")).to_have_attribute("title", f"fingerprint {INFO.fingerprint}")
+
+
+def test_one_of_several_models_is_chosen(open_page: Open) -> None:
+    visit = open_page(models=("nexusgen", "nexusgen-sketch"))
+    visit.page.get_by_role("combobox", name="Model").select_option("nexusgen-sketch")
+    visit.ask("hello")
+    visit.wait_for("done")
+    visit.go("Generate")
+    visit.ask("a circle")
+    visit.wait_for("done")
+    assert [order.model for order in visit.backend.orders] == ["nexusgen-sketch"] * 2
 
 
 def test_pictures_are_generated_from_the_settings_one_seed_each(visit: Visit) -> None:
@@ -275,10 +293,10 @@ def test_chat_takes_and_gives_pictures(visit: Visit, photo: Path) -> None:
     assert shown(visit.entry.locator(".picture img")) == expected_picture(3)
     (order,) = visit.backend.orders
     assert order.images == (photo.read_bytes(),) * 2
-    assert (order.modality, order.messages[0].content) == ("auto", "<image><image>Draw these in one picture")
+    assert (order.modality, words(order.messages[0])) == ("auto", "<image> <image> Draw these in one picture")
     visit.ask("What was it?")  # what was attached went along once, and stays part of the conversation
     visit.wait_for("done")
-    assert visit.backend.orders[-1].messages[0].content == "<image><image>Draw these in one picture"
+    assert words(visit.backend.orders[-1].messages[0]) == "<image> <image> Draw these in one picture"
     assert visit.backend.orders[-1].messages[1].content.endswith("<image>")  # the model drew something here
     assert visit.backend.orders[-1].messages[-1].content == "What was it?"
 
@@ -343,6 +361,20 @@ def test_stop_ends_the_answer_and_the_work_behind_it(visit: Visit) -> None:
         while visit.backend.num_closed < number:
             assert time.monotonic() < deadline, "the server goes on"
             time.sleep(0.05)
+
+
+def test_stop_ends_every_picture_of_a_request(visit: Visit) -> None:
+    visit.go("Generate")
+    visit.set(pictures=2)
+    visit.ask("slow circles")
+    expect(visit.entry.locator(".frame[data-state=preview]")).to_have_count(2)
+    visit.page.get_by_role("button", name="Stop").click()
+    visit.wait_for("stopped")
+    expect(visit.entry.locator(".frame[data-state=stopped]")).to_have_count(2)
+    deadline = time.monotonic() + 10
+    while visit.backend.num_closed < 2:
+        assert time.monotonic() < deadline, "the server goes on"
+        time.sleep(0.05)
 
 
 def test_dropped_pictures_are_attached_and_other_files_refused(visit: Visit, photo: Path) -> None:
