@@ -757,6 +757,7 @@ function makeSlot(view) {
       download.href = url;
       download.download = fileName(done);
       root.querySelector(".actions").hidden = false;
+      await image.decode().catch(() => {}); // then it has its height, and the page can be scrolled to its end
     },
     /** The request ended: what isn't done won't come. */
     end() {
@@ -774,8 +775,8 @@ function captionOf(made) {
   if (made.seed !== undefined && made.seed !== null) parts.push(`seed ${made.seed}`);
   if (made.steps) parts.push(`${made.steps} ${made.steps === 1 ? "step" : "steps"}`);
   if (made.width) parts.push(`${made.width} × ${made.height}`);
-  if (guidance !== undefined && guidance !== null) parts.push(`guidance ${guidance}`);
-  return parts.join(" · ");
+  if (guidance && guidance !== 1) parts.push(`guidance ${guidance}`); // 1 is none
+  return parts.map((part) => part.replaceAll(" ", "\u00a0")).join(" · "); // lines break between the parts
 }
 
 function announce(entry) {

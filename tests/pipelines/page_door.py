@@ -97,7 +97,7 @@ class PaintBackend:
     def _drawing(self, picture: Image.Image, settings: orders.PictureSettings) -> orders.Drawing:
         steps, guidance = settings.steps or INFO.steps, settings.guidance or 1.0
         made = {"model": INFO.id, "version": INFO.version, "fingerprint": INFO.fingerprint, "seed": settings.seed}
-        png = encode_picture(picture, {**made, "steps": steps})
+        png = encode_picture(picture, {**made, "steps": steps, "guidance_scale": guidance})
         return orders.Drawing(png, INFO, settings.seed, steps, (picture.height, picture.width), guidance)
 
 

@@ -22,7 +22,7 @@ from page_door import PaintBackend, plain_door, served  # noqa: E402
 from PIL import Image  # noqa: E402
 from playwright.sync_api import Browser, Page, expect  # noqa: E402
 
-DESKTOP = {"viewport": {"width": 1200, "height": 860}}
+DESKTOP = {"viewport": {"width": 1200, "height": 900}}
 PHONE = {"viewport": {"width": 360, "height": 740}, "device_scale_factor": 2, "has_touch": True, "is_mobile": True}
 ANSWER_MS = 120_000
 NUM_COLOURS = 256  # of the files; a screenshot has few, and each weighs a third of what it would
@@ -40,25 +40,43 @@ def main() -> None:
         browser = stack.enter_context(chromium())
         _save(_generated(browser, url, {**DESKTOP, "color_scheme": "light"}), arguments.out / "desktop.png")
         _save(_chatted(browser, url, {**DESKTOP, "color_scheme": "dark"}), arguments.out / "dark.png")
-        _save(_chatted(browser, url, {**PHONE, "color_scheme": "light"}), arguments.out / "phone.png")
+        _save(_edited(browser, url, {**PHONE, "color_scheme": "light"}), arguments.out / "phone.png")
 
 
 def _generated(browser: Browser, url: str, options: dict[str, Any]) -> bytes:
     page = _open(browser, url, options)
-    page.get_by_role("radio", name="Generate").check(force=True)
+    _go(page, "Generate")
     page.get_by_label("Seed", exact=True).fill("7")
     page.get_by_label("Pictures", exact=True).fill("3")
-    _ask(page, "a circle and a square")
+    _ask(page, "a circle and a cross")
     return page.screenshot()
 
 
 def _chatted(browser: Browser, url: str, options: dict[str, Any]) -> bytes:
     page = _open(browser, url, options)
-    if page.locator("#settings").is_visible():
-        page.get_by_role("button", name="Settings", exact=True).click()
-    _ask(page, "Draw a circle and a square.")
-    page.locator(".picture .discuss").last.click()
-    _ask(page, "How many things are in this picture?")
+    page.get_by_label("Seed", exact=True).fill("7")
+    _choose(page, "image")
+    _ask(page, "three squares")
+    page.locator(".picture .discuss").click()
+    _choose(page, "text,image")
+    page.get_by_role("button", name="Settings", exact=True).click()
+    _ask(page, "How many things are there?")
+    return page.screenshot()
+
+
+def _choose(page: Page, answer: str) -> None:
+    page.get_by_role("combobox", name="Answer").select_option(answer)
+
+
+def _edited(browser: Browser, url: str, options: dict[str, Any]) -> bytes:
+    page = _open(browser, url, options)
+    page.get_by_role("button", name="Settings", exact=True).tap()
+    page.get_by_label("Seed", exact=True).fill("7")
+    page.get_by_role("button", name="Settings", exact=True).tap()
+    _go(page, "Generate")
+    _ask(page, "a circle and a cross")
+    page.locator(".feed:visible .picture .edit").last.tap()
+    _ask(page, "Remove the cross.")
     return page.screenshot()
 
 
@@ -67,6 +85,10 @@ def _open(browser: Browser, url: str, options: dict[str, Any]) -> Page:
     page.goto(url)
     expect(page.locator("#model")).to_contain_text(re.compile("version|model"))
     return page
+
+
+def _go(page: Page, mode: str) -> None:
+    page.get_by_role("radio", name=mode).check(force=True)
 
 
 def _ask(page: Page, prompt: str) -> None:

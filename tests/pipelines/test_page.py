@@ -235,7 +235,7 @@ def test_pictures_are_generated_from_the_settings_one_seed_each(visit: Visit) ->
     expect(pictures).to_have_count(3)
     for index in range(3):
         expect(pictures.nth(index).locator("figcaption")).to_contain_text(
-            f"version 3 · seed {7 + index} · 5 steps · 128 × 64"
+            f"version 3 · seed {7 + index} · 5 steps · 128 × 64 · guidance 2.5"
         )
         assert shown(pictures.nth(index).locator("img")) == expected_picture(7 + index, (64, 128))
     expected = [orders.PictureSettings(7 + index, 5, (64, 128), 2.5) for index in range(3)]
@@ -667,6 +667,17 @@ def test_unreachable_server_and_half_a_size_are_told(visit: Visit) -> None:
     visit.wait_for("failed")
     expect(visit.entry.locator(".failure-text")).to_contain_text("The server can't be reached")
     expect(visit.page.get_by_role("button", name="Generate", exact=True)).to_be_visible()
+
+
+def test_new_answer_is_scrolled_into_view(visit: Visit) -> None:
+    visit.set(height=640, width=640)
+    for number in range(3):
+        visit.ask(f"draw picture {number}")
+        visit.wait_for("done")
+    expect(visit.entry.get_by_role("button", name="Edit this")).to_be_in_viewport()
+    ends = "[document.documentElement.scrollHeight, window.scrollY + window.innerHeight]"
+    height, seen = visit.page.evaluate(ends)
+    assert height - seen <= 1
 
 
 def test_markup_in_an_answer_stays_text(visit: Visit) -> None:
