@@ -1,7 +1,7 @@
 """What the page's tests talk to: a backend that paints what it is told, and a plain door in front of it.
 
-The backend is deterministic, and prompts steer it: `slow` waits before each event, `busy` is refused once, `breaks`
-ends in the middle. The door speaks just as much of the API as the page needs.
+The backend is deterministic, and prompts steer it: `held` waits after the first event until it is released, `busy` is
+refused once, `breaks` ends in the middle. The door speaks just as much of the API as the page needs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ POLICY = (
 )
 INFO = orders.ModelInfo("nexusgen", "3", "0123456789abcdef", ("ar",), (96, 96), steps=8, loaded_at=1)
 INKS = ("#c23b30", "#2f6fb3", "#3f8f4f", "#e0a52c", "#7a4fa3")
-SLOW_S = 0.2
+POLL_S = 0.02
 
 
 class PaintBackend:
@@ -44,6 +44,7 @@ class PaintBackend:
     def __init__(self, models: Sequence[str] = ("nexusgen",)) -> None:
         self._models = [dataclasses.replace(INFO, id=name) for name in models]
         self.orders: list[Any] = []
+        self.release = threading.Event()
         self.num_closed = 0  # streams whose client went away in the middle
         self._refused: set[str] = set()
 
@@ -56,9 +57,8 @@ class PaintBackend:
         picture = _edited(order.images[0]) if order.images else painted(order.settings)
         try:
             for number in range(order.num_partial):
-                await self._wait(order.prompt)
                 yield orders.PartialPicture(_png(_noisy(picture, order.num_partial - number)), number)
-            await self._wait(order.prompt)
+                await self._hold(order.prompt)
         except (asyncio.CancelledError, GeneratorExit):
             self.num_closed += 1
             raise
@@ -74,8 +74,8 @@ class PaintBackend:
         words = f"You said: {prompt.replace('<image>', '').strip()} I saw {len(order.images)} pictures.".split(" ")
         try:
             for word in words if order.modality != "image" else []:
-                await self._wait(prompt)
                 yield orders.Text(word + " ")
+                await self._hold(prompt)
         except (asyncio.CancelledError, GeneratorExit):
             self.num_closed += 1
             raise
@@ -90,9 +90,9 @@ class PaintBackend:
             self._refused.add(prompt)
             raise orders.OverloadedError("The queue is full; try again shortly.", retry_after_s=1)
 
-    async def _wait(self, prompt: str) -> None:
-        if "slow" in prompt:
-            await asyncio.sleep(SLOW_S)
+    async def _hold(self, prompt: str) -> None:
+        while "held" in prompt and not self.release.is_set():
+            await asyncio.sleep(POLL_S)
 
     def _drawing(self, picture: Image.Image, settings: orders.PictureSettings) -> orders.Drawing:
         steps, guidance = settings.steps or INFO.steps, settings.guidance or 1.0
