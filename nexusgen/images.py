@@ -13,7 +13,8 @@ import json
 import struct
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -55,6 +56,22 @@ def decode_image(data: bytes) -> Image.Image:
     8 bits, CMYK is converted without its colour profile, colour profiles are ignored.
     Raises: SampleError `image_undecodable`, `image_truncated`, `image_too_large` or `image_shape`.
     """
+    with _opened(data) as image:
+        image.load()
+        orientation = _orientation(image)
+        upright = _to_rgb(image)
+    return upright.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else upright
+
+
+def check_image(data: bytes) -> None:
+    """Raise what `decode_image` would raise at the picture's header; nothing is decoded."""
+    with _opened(data):
+        pass
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """A picture whose header has been judged; whatever is raised while it is worked on becomes a SampleError."""
     if not data:
         raise SampleError("image_undecodable", "the image has no bytes")
     with _PILLOW_IS_QUIET:
@@ -63,9 +80,7 @@ def decode_image(data: bytes) -> Image.Image:
                 _check_size(size, MAX_IMAGE_PIXELS)
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 _check_header(image, data)
-                image.load()
-                orientation = _orientation(image)
-                upright = _to_rgb(image)
+                yield image
         except SampleError:
             raise
         except Image.DecompressionBombError as error:
@@ -76,7 +91,6 @@ def decode_image(data: bytes) -> Image.Image:
             text = f"{type(error).__name__}: {error}"
             code = "image_truncated" if _speaks_of_truncation(text) else "image_undecodable"
             raise SampleError(code, text[:300]) from None
-    return upright.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else upright
 
 
 class _Quiet:
@@ -337,10 +351,13 @@ def from_pixels(pixels: Float[Tensor, "batch 3 height width"]) -> list[Image.Ima
     return [Image.fromarray(row) for row in array.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def encode_picture(image: Image.Image, made: Mapping[str, str | int | None], image_format: str = "PNG") -> bytes:
+def encode_picture(
+    image: Image.Image, made: Mapping[str, str | int | float | None], image_format: str = "PNG", quality: int = 95
+) -> bytes:
     """A generated picture as PNG, JPEG or WEBP, which says that a model made it and, as json, from what (`made`).
 
     PNG holds it in the text chunks Software, Source and nexusgen, the others in EXIF's Software and ImageDescription.
+    `quality` is that of JPEG and WEBP, 0 to 100.
     """
     details = json.dumps({**made, "width": image.width, "height": image.height})
     buffer = io.BytesIO()
@@ -353,5 +370,5 @@ def encode_picture(image: Image.Image, made: Mapping[str, str | int | None], ima
         exif = Image.Exif()
         exif[ExifTags.Base.Software] = "nexusgen"
         exif[ExifTags.Base.ImageDescription] = f"{_MADE_BY} {details}"
-        image.save(buffer, image_format, exif=exif, quality=95)
+        image.save(buffer, image_format, exif=exif, quality=quality)
     return buffer.getvalue()
