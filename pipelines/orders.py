@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from nexusgen.errors import NexusgenError
-from nexusgen.schema import Message
+from nexusgen.schema import IMAGE_MARK, Message
 
 Modality = Literal["auto", "text", "image"]  # what an answer must hold; auto: the model decides
 
@@ -114,10 +114,11 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of a request, those of images included."""
+    """Tokens of a request, those of images included; `prompt_image_tokens` are those of the images given."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    prompt_image_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,15 @@ class Finished:
     usage: Usage = field(default_factory=Usage)
 
 
+def picture_to_edit(order: ChatOrder) -> bytes | None:
+    """What a picture in the reply is an edit of: the first one that the user gives in the last message, if any.
+
+    Pictures given earlier are part of the conversation, but a reply that draws doesn't keep to them.
+    """
+    num_given = [message.content.count(IMAGE_MARK) for message in order.messages if message.role == "user"]
+    return order.images[sum(num_given[:-1])] if num_given and num_given[-1] else None
+
+
 PictureEvent = PartialPicture | Drawing | Finished
 ChatEvent = Text | Drawing | Finished
 
@@ -137,7 +147,9 @@ class Backend(Protocol):
     """Whoever computes.
 
     The iterators raise UnavailableError, OverloadedError, UnknownModelError, or InputError for what can't be drawn or
-    read; the first two before their first event or in the middle. Closing an iterator stops the work behind it.
+    read; the first two before their first event or in the middle. A full queue and an unknown model are told at once,
+    not when the work begins, as a stream that has begun has no status left to say it with. Closing an iterator, or
+    cancelling who waits for its next event, stops the work behind it.
     """
 
     async def models(self) -> list[ModelInfo]:
