@@ -12,18 +12,20 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import ray
-from pydantic import Field
+from pydantic import Field, field_validator
 from ray import serve as ray_serve
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve import Application
@@ -31,15 +33,19 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from nexusgen.config import Config
-from nexusgen.errors import ModelError, ResourceError
-from pipelines import api, registry, runtime, storage
+from nexusgen.errors import InputError, ModelError, ResourceError
+from pipelines import api, orders, registry, runtime, storage
+from pipelines.api_guard import log_requests
+from pipelines.api_inputs import HostList
+from pipelines.api_settings import GRACE_S, ApiSettings
+from pipelines.pictures import encode_png
 
 if TYPE_CHECKING:
     from nexusgen.model.manifest import Manifest
 
 APP_NAME = "nexusgen"
 INGRESS_CPUS = 0.25
-HEALTH_TIMEOUT_S = 5.0
+KEYS_VARIABLE = "NEXUSGEN_API_KEYS"  # keys of the API, separated by commas or spaces
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -55,7 +61,16 @@ class ServeConfig(Config):
     replica_cpus: Annotated[float, Field(gt=0)] = 1.0
     max_batch: Annotated[int, Field(ge=1)] = 8
     queue_size: Annotated[int, Field(ge=1, description="requests that may wait; more get 429")] = 64
-    request_timeout_s: Annotated[float, Field(gt=0)] = 300.0
+    request_timeout_s: Annotated[float, Field(gt=0, description="of an answer; one that takes longer gets 504")] = 300.0
+    allowed_image_hosts: list[str] = Field(
+        default=[], description="HOST or HOST:PORT from which pictures of a chat may be fetched; none: data URIs alone"
+    )
+
+    @field_validator("allowed_image_hosts")
+    @classmethod
+    def _check_hosts(cls, hosts: list[str]) -> list[str]:
+        HostList(hosts)
+        return hosts
 
     @property
     def url(self) -> str:
@@ -110,8 +125,9 @@ def start(config: ServeConfig) -> str:
     check(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     quiet = {"log_level": "WARNING", "enable_access_log": False}
+    timeout_s = config.request_timeout_s + GRACE_S  # the API's own time limit answers first, in OpenAI's shape
     ray_serve.start(
-        http_options={"host": config.host, "port": config.port, "request_timeout_s": config.request_timeout_s},
+        http_options={"host": config.host, "port": config.port, "request_timeout_s": timeout_s},
         logging_config=quiet,
     )
     try:
@@ -149,7 +165,7 @@ class BatchQueue:
     `draw` runs in one thread of its own. A task that fails in company is tried alone, so that its company lives.
     """
 
-    def __init__(self, draw: Callable[[list[DrawTask]], list[api.Drawing]], max_batch: int) -> None:
+    def __init__(self, draw: Callable[[list[DrawTask]], list[orders.Drawing]], max_batch: int) -> None:
         self._draw = draw
         self._max_batch = max_batch
         self._waiting: list[_Ticket] = []
@@ -157,7 +173,7 @@ class BatchQueue:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
         self._loop_task: asyncio.Task[None] | None = None
 
-    async def submit(self, task: DrawTask) -> api.Drawing:
+    async def submit(self, task: DrawTask) -> orders.Drawing:
         """The drawing of one task. A caller that is cancelled takes its task out of the queue."""
         if self._loop_task is None:
             self._loop_task = asyncio.create_task(self._run())
@@ -205,7 +221,7 @@ class BatchQueue:
 @dataclass(eq=False)
 class _Ticket:
     task: DrawTask
-    answer: asyncio.Future[api.Drawing]
+    answer: asyncio.Future[orders.Drawing]
 
 
 class ModelReplica:
@@ -223,40 +239,44 @@ class ModelReplica:
         self._info = model_info(self._model.manifest, model)
         self._queue = BatchQueue(self._draw, max_batch)
         # A model that can't draw must not become ready.
-        self._draw([self._resolve(api.PictureOrder("warm-up", seed=0, steps=1))])
+        self._draw([self._resolve(orders.PictureOrder("warm-up", orders.PictureSettings(seed=0, steps=1)))])
 
-    async def info(self) -> api.ModelInfo:
+    async def info(self) -> orders.ModelInfo:
         """What is loaded."""
         return self._info
 
-    async def draw(self, orders: Sequence[api.PictureOrder]) -> list[api.Drawing]:
-        """One drawing per order."""
-        return list(await asyncio.gather(*(self._queue.submit(self._resolve(order)) for order in orders)))
+    async def draw(self, order: orders.PictureOrder) -> orders.Drawing:
+        """The drawing of an order."""
+        return await self._queue.submit(self._resolve(order))
 
-    def _resolve(self, order: api.PictureOrder) -> DrawTask:
-        return DrawTask(order.prompt, order.seed, order.steps or self._info.steps, order.size or self._info.image_size)
+    def _resolve(self, order: orders.PictureOrder) -> DrawTask:
+        settings = order.settings
+        size = settings.size or self._info.image_size
+        return DrawTask(order.prompt, settings.seed, settings.steps or self._info.steps, size)
 
-    def _draw(self, tasks: list[DrawTask]) -> list[api.Drawing]:
+    def _draw(self, tasks: list[DrawTask]) -> list[orders.Drawing]:
         from nexusgen.sampling import generate_images
 
         steps, size = tasks[0].kind
         prompts, seeds = [task.prompt for task in tasks], [task.seed for task in tasks]
         images = generate_images(self._model, prompts, seeds, steps=steps, size=size)
         return [
-            api.Drawing(api.encode_png(image, self._info, seed, steps), self._info, seed, steps, size)
+            orders.Drawing(encode_png(image, self._info, seed, steps), self._info, seed, steps, size)
             for image, seed in zip(images, seeds, strict=True)
         ]
 
 
-def model_info(manifest: Manifest, model: str) -> api.ModelInfo:
+def model_info(manifest: Manifest, model: str) -> orders.ModelInfo:
     """What the API says about a loaded model folder; `model` is its pinned name."""
     _name, slash, version = model.removeprefix("models:/").partition("/")
-    return api.ModelInfo(
-        name=registry.MODEL_NAME,
+    return orders.ModelInfo(
+        id=registry.MODEL_NAME,
         version=version if slash and model.startswith("models:/") else None,
         fingerprint=manifest.fingerprint,
+        parts=tuple(manifest.parts),
         image_size=manifest.image_size,
         steps=manifest.num_inference_steps,
+        loaded_at=int(time.time()),
     )
 
 
@@ -276,7 +296,14 @@ def _application(config: ServeConfig) -> Application:
     )(ray_serve.ingress()(Ingress))
     pinned = registry.pin_model(config.model, config.storage)
     num_threads = max(1, int(config.replica_cpus))
-    return ingress.bind(model.bind(pinned, storage.absolute(config.storage), config.max_batch, num_threads))
+    keys = os.environ.get(KEYS_VARIABLE, "").replace(",", " ").split()
+    settings = ApiSettings(
+        api_keys=tuple(keys),
+        allowed_image_hosts=tuple(config.allowed_image_hosts),
+        request_timeout_s=config.request_timeout_s,
+    )
+    replica = model.bind(pinned, storage.absolute(config.storage), config.max_batch, num_threads)
+    return ingress.bind(replica, settings)
 
 
 @contextmanager
@@ -299,20 +326,22 @@ def _greeting(config: ServeConfig) -> str:
     body = json.dumps({"prompt": "a red circle", "seed": 0})
     curl = f"curl -s {config.url}/v1/images/generations -H 'Content-Type: application/json' -d '{body}'"
     lines = [f"serving {config.model} at {config.url} (Ctrl-C stops)", f"  {curl}"]
-    if config.host not in LOOPBACK:
-        lines.append(f"  note: {config.host} is reachable from the network, and the API asks for no key")
+    if config.host not in LOOPBACK and not os.environ.get(KEYS_VARIABLE):
+        lines.append(f"  note: {config.host} is reachable from the network and asks for no key; set {KEYS_VARIABLE}")
     return "\n".join(lines)
 
 
 class Ingress:
     """The HTTP app, in front of a handle to the model."""
 
-    def __init__(self, model: DeploymentHandle[Any]) -> None:
+    def __init__(self, model: DeploymentHandle[Any], settings: ApiSettings) -> None:
         self._backend = HandleBackend(model)
+        self._settings = settings
 
     def __serve_build_asgi_app__(self) -> Any:
         """Called by Serve in the replica: the app is built there, around the handle."""
-        return api.create_app(self._backend, registry.MODEL_NAME)
+        log_requests()
+        return api.create_app(self._backend, self._settings)
 
 
 class HandleBackend:
@@ -321,23 +350,33 @@ class HandleBackend:
     def __init__(self, model: DeploymentHandle[Any]) -> None:
         self._model = model
 
-    async def info(self) -> api.ModelInfo:
-        """What the replica has loaded. Raises: UnavailableError if it doesn't say so in time."""
-        try:
-            return await asyncio.wait_for(self._ask("info"), HEALTH_TIMEOUT_S)
-        except TimeoutError:
-            raise api.UnavailableError(f"the model did not reply within {HEALTH_TIMEOUT_S:g} s") from None
+    async def models(self) -> list[orders.ModelInfo]:
+        """What the replica has loaded."""
+        return [await self._ask("info")]
 
-    async def draw(self, orders: Sequence[api.PictureOrder]) -> list[api.Drawing]:
-        """One drawing per order."""
-        return await self._ask("draw", list(orders))
+    async def draw(self, order: orders.PictureOrder) -> AsyncIterator[orders.PictureEvent]:
+        """The drawing of a text, without pictures on the way."""
+        if order.model not in (None, registry.MODEL_NAME):
+            raise orders.UnknownModelError(
+                f"The model {order.model!r} does not exist; this server has {registry.MODEL_NAME!r}."
+            )
+        if order.images:
+            raise InputError("this server draws from texts alone")
+        drawing = await self._ask("draw", order)
+        yield drawing
+        yield orders.Finished("stop", drawing.model)
+
+    async def chat(self, order: orders.ChatOrder) -> AsyncIterator[orders.ChatEvent]:
+        """Nothing yet."""
+        raise InputError("this server draws pictures, at /v1/images/generations, and doesn't chat")
+        yield  # makes it a generator
 
     async def _ask(self, method: str, *arguments: Any) -> Any:
         try:
             return await getattr(self._model, method).remote(*arguments)
         except BackPressureError:
-            raise api.OverloadedError("The queue is full; try again shortly.") from None
+            raise orders.OverloadedError("The queue is full; try again shortly.") from None
         except RayTaskError as error:
             raise error.cause from None
         except (RayActorError, DeploymentUnavailableError):
-            raise api.UnavailableError("The model's replica is gone or not up yet; try again shortly.") from None
+            raise orders.UnavailableError("The model's replica is gone or not up yet; try again shortly.") from None

@@ -25,10 +25,10 @@ from nexusgen.errors import InputError, ModelError, ResourceError
 from nexusgen.model.manifest import read_manifest
 from nexusgen.model.weights import load_model
 from nexusgen.sampling import generate_images
-from pipelines import api, serve
+from pipelines import orders, serve
 from pipelines.serve import BatchQueue, DrawTask, ServeConfig
 
-INFO = api.ModelInfo(name="nexusgen", version=None, fingerprint="f", image_size=(64, 64), steps=4)
+INFO = orders.ModelInfo("nexusgen", None, "f", parts=(), image_size=(64, 64), steps=4, loaded_at=0)
 
 
 def task(number: int, steps: int = 4) -> DrawTask:
@@ -42,18 +42,18 @@ class SlowDraw:
         self.batches: list[list[int]] = []
         self.may_go_on = threading.Event()
 
-    def __call__(self, tasks: list[DrawTask]) -> list[api.Drawing]:
+    def __call__(self, tasks: list[DrawTask]) -> list[orders.Drawing]:
         self.batches.append([task.seed for task in tasks])
         self.may_go_on.wait(10)
         if any(task.seed == 13 for task in tasks):
             raise InputError("thirteen")
-        return [api.Drawing(b"png", INFO, task.seed, task.steps, task.size) for task in tasks]
+        return [orders.Drawing(b"png", INFO, task.seed, task.steps, task.size) for task in tasks]
 
 
 def test_tasks_gather_while_a_batch_is_drawn() -> None:
     draw = SlowDraw()
 
-    async def scenario() -> list[api.Drawing]:
+    async def scenario() -> list[orders.Drawing]:
         queue = BatchQueue(draw, max_batch=3)
         first = asyncio.create_task(queue.submit(task(0)))
         await asyncio.sleep(0.05)
@@ -89,14 +89,14 @@ def test_a_failing_task_does_not_fail_its_company() -> None:
     draw = SlowDraw()
     draw.may_go_on.set()
 
-    async def scenario() -> list[api.Drawing | BaseException]:
+    async def scenario() -> list[orders.Drawing | BaseException]:
         queue = BatchQueue(draw, max_batch=8)
         return await asyncio.gather(*(queue.submit(task(number)) for number in (12, 13, 14)), return_exceptions=True)
 
     before, failed, after = asyncio.run(scenario())
-    assert isinstance(before, api.Drawing)
+    assert isinstance(before, orders.Drawing)
     assert isinstance(failed, InputError)
-    assert isinstance(after, api.Drawing)
+    assert isinstance(after, orders.Drawing)
 
 
 @pytest.fixture(scope="module")
