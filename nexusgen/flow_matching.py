@@ -127,16 +127,41 @@ def euler_step(
     sigmas: Float[Tensor, " batch"],
     next_sigmas: Float[Tensor, " batch"],
 ) -> Float[Tensor, "batch *latent"]:
-    """One step along the velocity; each sample has its own levels, so samples at different steps share a batch."""
+    """One step along the velocity; each sample has its own levels, so samples at different steps share a batch.
+
+    A step to level 0 gives the clean latent that the velocity predicts.
+    """
     return latents + _per_sample(next_sigmas - sigmas, latents) * velocity.to(latents.dtype)
 
 
-def guide(conditional: VelocityFunction, unconditional: VelocityFunction, true_cfg_scale: float) -> VelocityFunction:
-    """Two-pass guidance: v = v_unconditional + true_cfg_scale (v_conditional - v_unconditional)."""
+def timesteps_at(
+    scheduler: FlowMatchEulerDiscreteScheduler, sigmas: Float[Tensor, " levels"]
+) -> Float[Tensor, " levels"]:
+    """What the model is told of noise levels of sampling."""
+    timesteps: Tensor = sigmas * scheduler.config.num_train_timesteps
+    return timesteps
+
+
+def guide(
+    conditional: VelocityFunction, unconditional: VelocityFunction, true_cfg_scale: float | Float[Tensor, " batch"]
+) -> VelocityFunction:
+    """Two-pass guidance: v = v_unconditional + true_cfg_scale (v_conditional - v_unconditional).
+
+    The scale is one for all samples or one for each; where it is 1, the conditional pass is all that there is.
+    """
 
     def velocity(latents: Tensor, timesteps: Tensor) -> Tensor:
-        negative = unconditional(latents, timesteps)
-        return negative + true_cfg_scale * (conditional(latents, timesteps) - negative)
+        positive = conditional(latents, timesteps)
+        scales = torch.as_tensor(true_cfg_scale, dtype=torch.float32).expand(len(latents))
+        rows = (scales != 1).nonzero().flatten()
+        if not len(rows):
+            return positive
+        # In fp32 times a smaller dtype, then rounded: to the bit what torch does with a number and a tensor.
+        scale = scales[rows].to(latents.device).reshape(-1, *[1] * (latents.ndim - 1))
+        rows = rows.to(latents.device)
+        negative = unconditional(latents[rows], timesteps[rows])
+        difference = positive[rows] - negative
+        return positive.index_copy(0, rows, negative + (scale * difference).to(difference.dtype))
 
     return velocity
 
@@ -154,11 +179,10 @@ def euler_sample(
     `callback(step, latents)` is called after each step, counted from 0.
     """
     sigmas = inference_sigmas(scheduler, num_steps).to(noise.device)
-    count = scheduler.config.num_train_timesteps
     latents = noise
     for step in range(num_steps):
         here, there = sigmas[step].expand(len(noise)), sigmas[step + 1].expand(len(noise))
-        latents = euler_step(latents, velocity(latents, here * count), here, there)
+        latents = euler_step(latents, velocity(latents, timesteps_at(scheduler, here)), here, there)
         if callback is not None:
             callback(step, latents)
     return latents

@@ -279,26 +279,43 @@ class VisionDecoder(nn.Module):
     ) -> VelocityFunction:
         """The velocity under one context, for `euler_sample`; two passes where `true_cfg_scale` isn't 1.
 
-        The negative context is the text embedding of the empty prompt: all its rope ids are zero.
         Raises: ModelError if two-pass guidance is asked for without a negative context.
         """
+        check_guidance(true_cfg_scale, negative_context)
+        conditional = self.conditional(context, pooled, has_reference)
+        if true_cfg_scale == 1.0 or negative_context is None:
+            return conditional
+        return guide(conditional, self.unconditional(negative_context, pooled), true_cfg_scale)
 
-        def conditional(latents: Tensor, timestep: Tensor) -> Tensor:
+    def conditional(
+        self,
+        context: Float[Tensor, "batch tokens context"],
+        pooled: Float[Tensor, "rows pooled"],
+        has_reference: bool = False,
+    ) -> VelocityFunction:
+        """The velocity under one context, in one pass."""
+
+        def velocity(latents: Tensor, timestep: Tensor) -> Tensor:
             return self.velocity(latents, timestep, context, pooled, self.token_ids(latents, has_reference))
 
-        if true_cfg_scale == 1.0:
-            return conditional
-        if negative_context is None:
-            raise ModelError(
-                f"true_cfg_scale {true_cfg_scale} needs the model's negative context, which it doesn't have"
-            )
-        negative = negative_context
+        return velocity
 
-        def unconditional(latents: Tensor, timestep: Tensor) -> Tensor:
-            repeated = negative.expand(len(latents), -1, -1)
-            return self.velocity(latents, timestep, repeated, pooled, torch.zeros(negative.shape[1], 3))
+    def unconditional(
+        self, negative_context: Float[Tensor, "1 negative_tokens context"], pooled: Float[Tensor, "rows pooled"]
+    ) -> VelocityFunction:
+        """The velocity under the text embedding of the empty prompt, whose rope ids are all zero, in one pass."""
 
-        return guide(conditional, unconditional, true_cfg_scale)
+        def velocity(latents: Tensor, timestep: Tensor) -> Tensor:
+            repeated = negative_context.expand(len(latents), -1, -1)
+            return self.velocity(latents, timestep, repeated, pooled, torch.zeros(negative_context.shape[1], 3))
+
+        return velocity
+
+
+def check_guidance(true_cfg_scale: float, negative_context: Float[Tensor, "1 negative_tokens context"] | None) -> None:
+    """Raises: ModelError if two-pass guidance is asked for without a negative context."""
+    if true_cfg_scale != 1.0 and negative_context is None:
+        raise ModelError(f"true_cfg_scale {true_cfg_scale} needs the model's negative context, which it doesn't have")
 
 
 def pack_latents(latents: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch tokens packed"]:

@@ -125,3 +125,27 @@ def test_sampling_leaves_the_scheduler_as_it_was() -> None:
 def test_guidance_goes_from_the_negative_through_the_positive() -> None:
     velocity = guide(lambda x, t: x + 1, lambda x, t: x, true_cfg_scale=3.0)
     assert velocity(torch.zeros(1, 2), torch.zeros(1)).tolist() == [[3.0, 3.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_sample_has_its_own_guidance_and_those_of_scale_1_one_pass(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    positive, negative = (torch.randn(4, 3, 5, generator=generator).to(dtype) for _ in range(2))
+    timesteps = torch.arange(4.0)
+    passed: list[list[float]] = []
+
+    def unconditional(_latents: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+        passed.append(times.tolist())
+        return negative[times.long()]
+
+    def guided(scale: float | torch.Tensor) -> torch.Tensor:
+        return guide(lambda *_: positive, unconditional, scale)(torch.zeros(4, 3, 5, dtype=dtype), timesteps)
+
+    scales = [3.3, 1.0, -0.7, 3.0]
+    together = guided(torch.tensor(scales))
+    assert passed == [[0, 2, 3]]
+    for row, scale in enumerate(scales):
+        plain = negative + scale * (positive - negative) if scale != 1 else positive
+        assert torch.equal(together[row], plain[row])
+        assert torch.equal(guided(scale), plain)
+    assert together.dtype == dtype
