@@ -6,8 +6,10 @@ Each function calls for the half of the model that it needs (`Model.use`), so th
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
@@ -18,9 +20,10 @@ from nexusgen.errors import InputError, ModelError
 from nexusgen.flow_matching import euler_sample, initial_noise
 from nexusgen.geometry import Geometry
 from nexusgen.images import from_pixels, input_image, reference_image, to_patches
-from nexusgen.model.autoencoder import decode_latents, latent_shape
+from nexusgen.model.autoencoder import ImageAutoencoder, decode_latents, latent_shape
 from nexusgen.model.autoregressive import AutoregressiveModel
-from nexusgen.model.decoder import ConditionerKind
+from nexusgen.model.decoder import ConditionerKind, VisionDecoder
+from nexusgen.model.manifest import Manifest
 from nexusgen.model.weights import Model
 from nexusgen.prompts import TokenGrid, check_messages, encode_prompt
 from nexusgen.replies import ImageMode, generate_replies, stream_replies
@@ -51,6 +54,63 @@ def check_size(size: tuple[int, int]) -> None:
             f"size {height}x{width}: both sides must be positive multiples of 16, and their product at most "
             f"{defaults.MAX_OUTPUT_PIXELS:,} pixels"
         )
+
+
+@dataclass(frozen=True)
+class DrawingParts:
+    """What pictures are drawn with: one of a model's decoders, and what it needs."""
+
+    decoder: VisionDecoder
+    autoencoder: ImageAutoencoder
+    scheduler: FlowMatchEulerDiscreteScheduler
+    pooled_prompt: Float[Tensor, "1 pooled"]
+    negative_context: Float[Tensor, "1 tokens context"] | None
+
+    @property
+    def latents_dtype(self) -> torch.dtype:
+        """Of latents between the steps: the decoder's or, with numerics `exact`, fp32."""
+        return self.decoder.dtype if self.decoder.numerics == "reference" else torch.float32
+
+
+@dataclass(frozen=True)
+class DrawingSettings:
+    """How a picture is drawn; `size` is (height, width) in pixels."""
+
+    steps: int
+    size: tuple[int, int]
+    true_cfg_scale: float
+
+
+def drawing_parts(model: Model, decoder: ConditionerKind) -> DrawingParts:
+    """The parts that draw. Raises: ModelError if the folder has no such decoder."""
+    model.use("drawing")
+    part = model.generation_decoder if decoder == "generation" else model.editing_decoder
+    if part is None or model.autoencoder is None or model.scheduler is None:
+        raise ModelError(f"{model.folder} has no {decoder} decoder; it holds {', '.join(model.manifest.parts)}")
+    if model.pooled_prompt is None:
+        raise ModelError(f"{model.folder} has no prompt constants, which its {decoder} decoder needs")
+    return DrawingParts(part, model.autoencoder, model.scheduler, model.pooled_prompt, model.negative_context)
+
+
+def drawing_settings(
+    manifest: Manifest,
+    decoder: ConditionerKind,
+    steps: int | None = None,
+    size: tuple[int, int] | None = None,
+    true_cfg_scale: float | None = None,
+) -> DrawingSettings:
+    """What a picture is really drawn with: what isn't given is the model's own.
+
+    Raises: InputError for no steps, or a size that isn't drawn.
+    """
+    height, width = size if size is not None else manifest.image_size
+    check_size((height, width))
+    num_steps = steps if steps is not None else manifest.num_inference_steps
+    if num_steps < 1:
+        raise InputError(f"steps {num_steps}: a picture takes at least 1")
+    if true_cfg_scale is None:
+        true_cfg_scale = defaults.EDITING_TRUE_CFG_SCALE if decoder == "editing" else manifest.true_cfg_scale
+    return DrawingSettings(num_steps, (height, width), true_cfg_scale)
 
 
 def predict_embeddings(
@@ -152,32 +212,22 @@ def decode_embeddings(
     Between the steps latents have the dtype of the decoder or, with numerics `exact`, fp32.
     `size` is (height, width) in pixels; what isn't given comes from the model's manifest. `reference` holds the
     embeddings, at reference size, of the pictures that an editing decoder keeps to.
-    Raises: ModelError if the folder has no such decoder; InputError for a size that isn't a multiple of 16, or beyond
-    `defaults.MAX_OUTPUT_PIXELS`.
+    Raises: ModelError if the folder has no such decoder; InputError for no steps, a size that isn't a multiple of 16,
+    or beyond `defaults.MAX_OUTPUT_PIXELS`; as `VisionDecoder.context` and `velocity_function`.
     """
-    model.use("drawing")
-    part = model.generation_decoder if decoder == "generation" else model.editing_decoder
-    if part is None or model.autoencoder is None or model.scheduler is None:
-        raise ModelError(f"{model.folder} has no {decoder} decoder; it holds {', '.join(model.manifest.parts)}")
-    height, width = size if size is not None else model.manifest.image_size
-    check_size((height, width))
-    if model.pooled_prompt is None:
-        raise ModelError(f"{model.folder} has no prompt constants, which its {decoder} decoder needs")
-    if true_cfg_scale is None:
-        is_editing = decoder == "editing"
-        true_cfg_scale = defaults.EDITING_TRUE_CFG_SCALE if is_editing else model.manifest.true_cfg_scale
-    velocity = part.velocity_function(
-        part.context(embeddings, reference),
-        model.pooled_prompt,
-        model.negative_context,
-        true_cfg_scale,
+    parts = drawing_parts(model, decoder)
+    settings = drawing_settings(model.manifest, decoder, steps, size, true_cfg_scale)
+    velocity = parts.decoder.velocity_function(
+        parts.decoder.context(embeddings, reference),
+        parts.pooled_prompt,
+        parts.negative_context,
+        settings.true_cfg_scale,
         has_reference=reference is not None,
     )
-    noise = initial_noise(seeds, latent_shape(model.autoencoder, (height, width)))
-    num_steps = steps if steps is not None else model.manifest.num_inference_steps
-    dtype = part.dtype if part.numerics == "reference" else torch.float32
-    latents = euler_sample(velocity, noise.to(embeddings.device, dtype), model.scheduler, num_steps)
-    return from_pixels(decode_latents(model.autoencoder, latents))
+    noise = initial_noise(seeds, latent_shape(parts.autoencoder, settings.size))
+    noise = noise.to(embeddings.device, parts.latents_dtype)
+    latents = euler_sample(velocity, noise, parts.scheduler, settings.steps)
+    return from_pixels(decode_latents(parts.autoencoder, latents))
 
 
 def generate_images(
