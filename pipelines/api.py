@@ -132,7 +132,7 @@ def _add_model_routes(router: APIRouter, backend: Backend) -> None:
     async def models() -> ModelList:
         return ModelList(data=[_card(info) for info in await _loaded(backend)])
 
-    @router.get("/v1/models/{model_id}", responses=documented(400, 404, *errors), summary="One of them")
+    @router.get("/v1/models/{model_id:path}", responses=documented(400, 404, *errors), summary="One of them")
     async def model(model_id: str) -> ModelCard:
         loaded = await _loaded(backend)
         for info in loaded:

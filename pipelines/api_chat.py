@@ -326,9 +326,9 @@ def add_chat_routes(router: APIRouter, backend: Backend, settings: ApiSettings) 
         _check(body)
         messages, urls = conversation(body)
         orders = chat_orders(body, messages, await reader.read_urls(urls))
-        name = body.model if body.model is not None else await _default_model(backend)
         source = watched(request, [backend.chat(order) for order in orders], settings.request_timeout_s)
         if body.stream:
+            name = body.model if body.model is not None else await _default_model(backend)
             return await begin_stream(request, source, lambda events: _stream(events, body, orders, name))
         try:
             result = await _collect(source, orders)

@@ -42,6 +42,11 @@ def docs_page(openapi: Mapping[str, Any]) -> str:
         for path, method, operation in operations
     )
     sections = "".join(_section(openapi, *operation) for operation in operations)
+    shapes = "".join(
+        f'<section id="{_escape(name)}"><h3><code>{_escape(name)}</code></h3>'
+        f"<p>{_escape(schema.get('description', ''))}</p>{_table(('name', 'type', ''), _rows(schema))}</section>"
+        for name, schema in openapi["components"]["schemas"].items()
+    )
     title = f"{openapi['info']['title']} {openapi['info']['version']}"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -49,7 +54,7 @@ def docs_page(openapi: Mapping[str, Any]) -> str:
         f"<title>{_escape(title)}: API</title><style>{_STYLE}</style></head><body>"
         f"<h1>{_escape(title)}</h1><p>{_escape(openapi['info'].get('description', ''))}</p>"
         '<p>The whole schema: <a href="openapi.json">openapi.json</a></p>'
-        f"<ul>{links}</ul>{sections}</body></html>"
+        f"<ul>{links}</ul>{sections}<h2>Shapes</h2>{shapes}</body></html>"
     )
 
 
@@ -69,8 +74,7 @@ def _section(openapi: Mapping[str, Any], path: str, method: str, operation: Mapp
     parts.append(f"<h3>Answers</h3>{_table(('status', ''), meanings)}")
     schema = answers["200"].get("content", {}).get("application/json", {}).get("schema")
     if schema:
-        text = json.dumps(_resolve(openapi, schema), indent=2)
-        parts.append(f"<details><summary>Schema of 200</summary><pre>{_escape(text)}</pre></details>")
+        parts.append(f"<p>200: {_type(schema)}</p>")
     return "".join(parts) + "</section>"
 
 
@@ -79,7 +83,7 @@ def _rows(schema: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
             f"<code>{_escape(name)}</code>{' (required)' if name in required else ''}",
-            f"<code>{_escape(_type(field))}</code>",
+            _type(field),
             _escape(field.get("description", "")),
         )
         for name, field in schema.get("properties", {}).items()
@@ -87,19 +91,21 @@ def _rows(schema: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _type(field: Mapping[str, Any]) -> str:
-    """A field's type and bounds in a few words."""
+    """A field's type and bounds in a few words of HTML."""
     if "anyOf" in field or "oneOf" in field:
         kinds = [kind for kind in field.get("anyOf", field.get("oneOf")) if kind.get("type") != "null"]
         return " or ".join(dict.fromkeys(_type(kind) for kind in kinds))
     if "$ref" in field:
-        return str(field["$ref"]).rpartition("/")[2]
+        name = _escape(str(field["$ref"]).rpartition("/")[2])
+        return f'<a href="#{name}"><code>{name}</code></a>'
     if "enum" in field or "const" in field:
-        return " | ".join(json.dumps(value) for value in field.get("enum", [field.get("const")]))
+        values = field.get("enum", [field.get("const")])
+        return " or ".join(f"<code>{_escape(json.dumps(value))}</code>" for value in values)
     if field.get("type") == "array":
         return f"list of {_type(field.get('items', {}))}"
     low, high = field.get("minimum", field.get("exclusiveMinimum")), field.get("maximum")
-    bounds = f" {low}..{high}" if low is not None and high is not None else ""
-    return f"{field.get('type', 'any')}{bounds}"
+    bounds = f", {low} to {high}" if low is not None and high is not None else ""
+    return _escape(f"{field.get('type', 'any')}{bounds}")
 
 
 def _resolve(openapi: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -219,7 +219,7 @@ class Guard:
 
     def _note(self, scope: Scope, visit: Visit) -> None:
         # The template, not the path: it is nobody's text, and there are few of them.
-        route = getattr(scope.get("route"), "path", "unmatched")
+        route = getattr(scope.get("route"), "path_format", "unmatched")
         if route == "unmatched" and scope["path"] in _MEDIA_TYPES:
             route = scope["path"]  # refused before it was routed
         status = visit.status if visit.is_complete else _CLIENT_LEFT

@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from nexusgen.errors import NexusgenError
 from pipelines.api_errors import RefusedError, refusal_of, too_late
 from pipelines.api_guard import Visit, note_fault, visit_of
-from pipelines.orders import Drawing, Finished
+from pipelines.orders import Drawing, Finished, UnavailableError
 
 EventT = TypeVar("EventT")
 
@@ -61,10 +61,17 @@ async def _join(iterators: Sequence[AsyncIterator[EventT]]) -> AsyncGenerator[tu
     queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue(_MAX_WAITING)
 
     async def pump(index: int, iterator: AsyncIterator[EventT]) -> None:
+        event: object = None
         try:
             async for event in iterator:
                 await queue.put((index, event))
-            await queue.put((index, _END))
+            # An end without a reason is a worker that was lost, and a client must not take it for a whole answer.
+            await queue.put((index, _END if isinstance(event, Finished) else _cut_off()))
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            await queue.put((index, _cut_off()))  # not this task was cancelled, but what it waited for
         except Exception as error:
             await queue.put((index, error))
         finally:
@@ -87,6 +94,10 @@ async def _join(iterators: Sequence[AsyncIterator[EventT]]) -> AsyncGenerator[tu
         for task in pumps:
             task.cancel()
         await asyncio.wait(pumps)
+
+
+def _cut_off() -> UnavailableError:
+    return UnavailableError("The answer was cut off in the middle; try again.")
 
 
 def _note(event: object, visit: Visit) -> None:

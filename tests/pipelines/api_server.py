@@ -87,7 +87,8 @@ class Painter:
     def __init__(self) -> None:
         self.orders: list[Any] = []
         self.error: Exception | None = None  # raised instead of the first event
-        self.error_after: Exception | None = None  # raised instead of the second
+        self.error_after: BaseException | None = None  # raised instead of the second
+        self.is_lost = False  # ends after its first event, without a reason
         self.pause_s = 0.0  # before every event
         self.is_stuck = False  # never says anything after its first event
         self.num_open = 0
@@ -125,6 +126,8 @@ class Painter:
         try:
             for number, event in enumerate(events):
                 await asyncio.sleep(3600 if self.is_stuck and number else self.pause_s)
+                if number and self.is_lost:
+                    return
                 if number and self.error_after is not None:
                     raise self.error_after
                 yield event

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
 import schemathesis
-from api_server import Painter, serving
+from api_server import Painter, picture, serving
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -32,19 +34,25 @@ CHECKS = (
 )
 
 
-def _name_the_model(schema: dict) -> None:
-    """Requests ask for the model that there is, or they would all end at its name."""
-    for operation in schema["components"]["schemas"].values():
-        if "model" in operation.get("properties", {}) and operation.get("additionalProperties") is False:
-            operation["properties"]["model"] = {"enum": ["nexusgen", None]}
-    schema["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"][
-        "properties"
-    ]["model"] = {"enum": ["nexusgen"]}
+def _narrow(schema: dict[str, Any]) -> None:
+    """Names, sizes and pictures are such as there are, or nearly all requests would end at these."""
+    bodies = [*schema["components"]["schemas"].values()]
+    bodies.append(
+        schema["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    )
+    for body in bodies:
+        properties = body.get("properties", {})
+        if body.get("additionalProperties") is False:
+            for name, values in (("model", ["nexusgen"]), ("size", ["64x64", "auto"])):
+                if name in properties:
+                    properties[name] = {"enum": values}
+    schema["components"]["schemas"]["ImageUrl"]["properties"]["url"] = {"enum": [DATA_URI]}
     schema["paths"]["/v1/models/{model_id}"]["get"]["parameters"][0]["schema"] = {"enum": ["nexusgen"]}
 
 
+DATA_URI = f"data:image/png;base64,{base64.b64encode(picture(size=(8, 8))).decode()}"
 DOCUMENT = api.create_app(Painter()).openapi()
-_name_the_model(DOCUMENT)
+_narrow(DOCUMENT)
 schema = schemathesis.openapi.from_dict(DOCUMENT)
 schema.config.generation.update(modes=[schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE])
 

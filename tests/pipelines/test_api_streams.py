@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
@@ -140,6 +141,25 @@ def test_failure_in_mid_stream_is_an_event(
     with pytest.raises(openai.APIError) as failed:
         list(client.images.generate(prompt="x", stream=True, partial_images=2))
     assert failed.value.code == code
+
+
+@pytest.mark.parametrize("how", ["ends", "cancelled"])
+def test_answer_that_is_cut_off_is_no_answer(painter: Painter, client: openai.OpenAI, how: str) -> None:
+    if how == "ends":
+        painter.is_lost = True
+    else:
+        painter.error_after = asyncio.CancelledError()  # of what the backend waits for, as when its worker is gone
+    for call in (
+        lambda: client.chat.completions.create(**CHAT),
+        lambda: client.images.generate(prompt="x"),
+    ):
+        with pytest.raises(openai.InternalServerError) as cut:
+            call()
+        assert (cut.value.status_code, cut.value.code) == (503, "unavailable")
+    with pytest.raises(openai.APIError) as event:
+        list(client.chat.completions.create(**CHAT, stream=True))
+    assert event.value.code == "unavailable"
+    wait_until(lambda: painter.num_open == 0)
 
 
 def test_time_limit_is_504_before_a_stream_and_an_event_in_it(painter: Painter, client: openai.OpenAI) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 from servers import free_port
 from tiny_training import make_tiny_model
 
@@ -116,6 +117,11 @@ def test_what_would_fail_late_is_found_first(tmp_path: Path, model: Path) -> Non
         port = taken.getsockname()[1]
         with pytest.raises(ResourceError, match=f"127.0.0.1:{port}.*another port"):
             serve.check(ServeConfig(storage=str(tmp_path), model=str(model), port=port))
+
+
+def test_hosts_of_pictures_are_hosts(tmp_path: Path, model: Path) -> None:
+    with pytest.raises(ValidationError, match=r"allowed_image_hosts[\s\S]*http://example\.org.*wanted HOST"):
+        ServeConfig(storage=str(tmp_path), model=str(model), allowed_image_hosts=["http://example.org"])
 
 
 @pytest.fixture(scope="module")
