@@ -46,7 +46,8 @@ class SamplingParams:
     `max_new_tokens` counts image tokens too. A `temperature` of 0 is greedy; above it, tokens are drawn from the most
     likely ones that together reach `top_p`, with the row's own random numbers, so that a reply doesn't depend on its
     company. The reply ends before the first of the strings in `stop`. `needs_image` makes a reply that would end
-    without an image, or that says a lot before it, draw one; a stop string ends it even so.
+    without an image, or that says a lot before it, draw one; a stop string ends it even so. One that may not draw is
+    text alone.
     """
 
     max_new_tokens: int = MAX_NEW_TOKENS
@@ -55,6 +56,7 @@ class SamplingParams:
     seed: int = 0
     stop: tuple[str, ...] = ()
     needs_image: bool = False
+    may_draw: bool = True
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -67,6 +69,8 @@ class SamplingParams:
             raise InputError(f"seed is {self.seed}; it must be from 0 to 2**63 - 1")
         if not all(self.stop):
             raise InputError("stop holds an empty string, which every text contains; leave it out")
+        if self.needs_image and not self.may_draw:
+            raise InputError("needs_image demands an image, which may_draw=False forbids; set one of them")
 
 
 @dataclass(frozen=True)
@@ -302,6 +306,9 @@ class Row:
             yield from self.finish("length")
             return
         token = greedy
+        if not params.may_draw:
+            logits = logits.index_fill(0, torch.tensor([self.rules.vision_start], device=logits.device), -torch.inf)
+            token = int(logits.argmax())
         if params.temperature:
             token = sample_token(logits, params.temperature, params.top_p, self.generator)
         if params.needs_image and not reply.images:

@@ -124,7 +124,7 @@ class Model:
         self.autoregressive = self.generation_decoder = self.editing_decoder = self.autoencoder = None
         self._half = None
         gc.collect()  # modules refer to each other in circles
-        _give_back_memory(self.device)
+        give_back_memory(self.device)
         self._load(HALVES[half])
         self._half = half
 
@@ -141,7 +141,7 @@ class Model:
                 setattr(self, part, load_decoder(folder, self.dtype, self.device, self.numerics, self.quantise))
 
 
-def _give_back_memory(device: torch.device | str) -> None:
+def give_back_memory(device: torch.device | str) -> None:
     """What was freed goes back to the system: torch keeps a GPU's memory, glibc keeps small pieces of main memory."""
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()

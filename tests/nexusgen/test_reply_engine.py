@@ -454,3 +454,24 @@ def test_a_full_engine_refuses_to_be_joined(model, tokenizer):
 def test_sizes_out_of_range_are_refused_by_name(model, tokenizer, num_slots, max_length, name):
     with pytest.raises(InputError, match=name):
         ReplyEngine(model, tokenizer, num_slots, max_length)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_reply_that_may_not_draw_is_text_alone(model, tokenizer, engine, temperature):
+    """Replies that would draw, alone and in the engine; up to the image they say the same."""
+    rng = np.random.default_rng(5)
+    num_drawn = 0
+    for seed in range(30):
+        prompt, params = random_prompt(tokenizer, rng), SamplingParams(temperature=temperature, seed=seed)
+        params = replace(params, max_new_tokens=40)
+        (free,) = generate_replies(model, [prompt], [params], tokenizer)
+        (bound,) = generate_replies(model, [prompt], [replace(params, may_draw=False)], tokenizer)
+        assert not bound.images
+        assert model.config.vision_start_token_id not in bound.token_ids
+        num_drawn += len(free.images)
+        if not free.images and model.config.vision_start_token_id not in free.token_ids and not temperature:
+            assert bound.token_ids == free.token_ids
+        assert run_alone(engine, prompt, replace(params, may_draw=False)).token_ids == bound.token_ids
+    assert num_drawn > 0
+    with pytest.raises(InputError, match="needs_image demands an image, which may_draw=False forbids"):
+        SamplingParams(needs_image=True, may_draw=False)
