@@ -146,6 +146,7 @@ def chat(model: Model, info: ModelInfo, order: ChatOrder) -> Iterator[ChatEvent 
         seed=order.seed,
         stop=order.stop,
         needs_image=order.modality == "image",
+        may_draw=order.modality != "text",
     )
     for piece in respond(model, order.messages, images, params):
         yield Text(piece.text) if piece.text else None

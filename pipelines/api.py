@@ -68,12 +68,13 @@ class ModelList(BaseModel):
 
 
 class Healthy(BaseModel):
-    """A model can answer: the default one."""
+    """A model can answer: the default one. `refused`: the version that was to take its place, and why it can't."""
 
     status: Literal["ok"] = "ok"
     model: str
     version: str | None
     fingerprint: str
+    refused: str
 
 
 class Unhealthy(BaseModel):
@@ -152,7 +153,8 @@ def _add_model_routes(router: APIRouter, backend: Backend) -> None:
         except (UnavailableError, OverloadedError) as error:
             unhealthy = Unhealthy(reason=str(error))
             return JSONResponse(unhealthy.model_dump(), 503, {"Retry-After": "1"})  # type: ignore[return-value]
-        return Healthy(model=loaded[0].id, version=loaded[0].version, fingerprint=loaded[0].fingerprint)
+        first = loaded[0]
+        return Healthy(model=first.id, version=first.version, fingerprint=first.fingerprint, refused=first.refused)
 
 
 async def _loaded(backend: Backend) -> list[ModelInfo]:

@@ -46,6 +46,7 @@ class ModelInfo:
     image_size: tuple[int, int]  # (height, width) in pixels that it draws by default
     steps: int  # that it draws in by default
     loaded_at: int  # seconds since 1970
+    refused: str = ""  # the version that its alias points to instead, and why that can't be served
 
 
 @dataclass(frozen=True)

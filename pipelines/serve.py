@@ -1,15 +1,14 @@
-"""`nexusgen serve`: a model folder behind Ray Serve.
+"""`nexusgen serve`: a model behind Ray Serve.
 
-    client -> Serve's HTTP proxy -> Ingress (the app of api.py) -> ModelReplica: BatchQueue -> sampling.generate_images
+    client -> Serve's HTTP proxy -> ingress (the app of api.py) -> ar -> generation_decoder or editing_decoder
+                                      versions: what is served, and its changes
 
-The queue stands inside the replica: while one batch is drawn the next one gathers, so the batches grow with the load
-and a lone request waits for nobody. Ingress and model are deployments of their own, with their own resources and
-number of replicas; finer cuts (language model, decoders) replace `ModelReplica` without touching the API.
+Each is a deployment with its own resources and number of replicas. `--write-serve-config` writes the same application
+for `serve deploy` and KubeRay, which import it by the name `pipelines.serve:build_app`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import os
@@ -17,36 +16,55 @@ import signal
 import socket
 import sys
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
 import ray
-from pydantic import Field, field_validator
+import yaml
+from pydantic import Field, model_validator
 from ray import serve as ray_serve
-from ray.exceptions import RayActorError, RayTaskError
 from ray.serve import Application
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from nexusgen.config import Config
-from nexusgen.errors import InputError, ModelError, ResourceError
-from pipelines import api, orders, registry, runtime, storage
-from pipelines.api_guard import log_requests
-from pipelines.api_inputs import HostList
-from pipelines.api_settings import GRACE_S, ApiSettings
-from pipelines.pictures import encode_png
-
-if TYPE_CHECKING:
-    from nexusgen.model.manifest import Manifest
+from nexusgen.errors import ModelError, ResourceError
+from pipelines import api, registry, runtime, storage
+from pipelines.api_settings import ApiSettings
+from pipelines.ingress import HandleBackend
+from pipelines.replicas import DrawReplica, ReplicaSettings, ReplyReplica
+from pipelines.versions import COMPUTING, Versions, VersionSettings
 
 APP_NAME = "nexusgen"
+KEYS_VARIABLE = "NEXUSGEN_API_KEYS"  # comma-separated
 INGRESS_CPUS = 0.25
-KEYS_VARIABLE = "NEXUSGEN_API_KEYS"  # keys of the API, separated by commas or spaces
+VERSIONS_CPUS = 0.1
+MAX_ONGOING = 10_000  # of a deployment, in Serve's eyes: the door admits, and queues stand inside the replicas
+HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 5.0, 15.0
+DRAIN_S = 30.0  # requests that run have so long to end when their replica is to go
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_PARTS = {"ar": "autoregressive", "generation_decoder": "generation_decoder", "editing_decoder": "editing_decoder"}
+
+
+class PartConfig(Config):
+    """Replicas of one computing deployment."""
+
+    replicas: int | tuple[int, int] = 1  # [min, max]: as many as the load asks for
+    cpus: Annotated[float, Field(gt=0)] = 1.0  # of a replica, which computes on so many threads
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    max_batch: Annotated[int, Field(ge=1)] = 8  # requests that share a step
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        fewest, most = self.bounds
+        if not 1 <= fewest <= most:
+            raise ValueError(f"replicas={self.replicas}: wanted a number from 1 on, or [min, max] with 1 <= min <= max")
+        return self
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The fewest and the most replicas."""
+        return self.replicas if isinstance(self.replicas, tuple) else (self.replicas, self.replicas)
 
 
 class ServeConfig(Config):
@@ -55,22 +73,22 @@ class ServeConfig(Config):
     storage: str = Field(description="folder or s3:// URI; where models:/ names are looked up")
     name: str = Field(default="nexusgen", description="name of the project, as in the other jobs")
     model: str = Field(description="demo-base, a model folder, models:/nexusgen@champion or models:/nexusgen/VERSION")
+    canary: str | None = Field(default=None, description="another version, which takes a share of the requests")
+    canary_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    also: tuple[str, ...] = Field(default=(), description="further versions, which requests name as nexusgen/VERSION")
+    swap: Literal["beside", "in_place"] = Field(
+        default="beside", description="a new version is loaded beside the old one, or after it has gone"
+    )
     host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 opens the API to the network")
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
-    num_replicas: Annotated[int, Field(ge=1)] = 1
-    replica_cpus: Annotated[float, Field(gt=0)] = 1.0
-    max_batch: Annotated[int, Field(ge=1)] = 8
-    queue_size: Annotated[int, Field(ge=1, description="requests that may wait; more get 429")] = 64
-    request_timeout_s: Annotated[float, Field(gt=0, description="of an answer; one that takes longer gets 504")] = 300.0
-    allowed_image_hosts: list[str] = Field(
-        default=[], description="HOST or HOST:PORT from which pictures of a chat may be fetched; none: data URIs alone"
-    )
-
-    @field_validator("allowed_image_hosts")
-    @classmethod
-    def _check_hosts(cls, hosts: list[str]) -> list[str]:
-        HostList(hosts)
-        return hosts
+    ingress_replicas: Annotated[int, Field(ge=1)] = 1
+    ar: PartConfig = PartConfig()
+    generation_decoder: PartConfig = PartConfig()
+    editing_decoder: PartConfig = PartConfig()
+    queue_size: Annotated[int, Field(ge=1, description="requests that may be inside an ingress; more get 429")] = 64
+    request_timeout_s: Annotated[float, Field(gt=0)] = 300.0
+    deterministic: bool = Field(default=False, description="the same bits for a request whatever its company; slower")
+    allowed_image_hosts: tuple[str, ...] = Field(default=(), description="hosts that image URLs may point to")
 
     @property
     def url(self) -> str:
@@ -104,7 +122,8 @@ def serve(config: ServeConfig, block: bool = True) -> None:
 
 def check(config: ServeConfig) -> None:
     """Find what would fail after a long start: a model that isn't one, a port that is taken."""
-    registry.resolve_model(config.model, config.storage)
+    for name in (config.model, *([config.canary] if config.canary else []), *config.also):
+        registry.resolve_model(name, config.storage)
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -125,13 +144,9 @@ def start(config: ServeConfig) -> str:
     check(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     quiet = {"log_level": "WARNING", "enable_access_log": False}
-    timeout_s = config.request_timeout_s + GRACE_S  # the API's own time limit answers first, in OpenAI's shape
-    ray_serve.start(
-        http_options={"host": config.host, "port": config.port, "request_timeout_s": timeout_s},
-        logging_config=quiet,
-    )
+    ray_serve.start(http_options=_http_options(config), logging_config=quiet)
     try:
-        ray_serve.run(_application(config), name=APP_NAME, route_prefix="/", logging_config=quiet)
+        ray_serve.run(build_app(_settled(config)), name=APP_NAME, route_prefix="/", logging_config=quiet)
     except RuntimeError as error:
         shutdown()
         raise ModelError(f"the model {config.model} could not be served: {error}") from error
@@ -144,166 +159,122 @@ def shutdown() -> None:
         ray_serve.shutdown()
 
 
-@dataclass(frozen=True)
-class DrawTask:
-    """An order with the model's own settings filled in. Tasks of one kind can share a batch."""
-
-    prompt: str
-    seed: int
-    steps: int
-    size: tuple[int, int]
-
-    @property
-    def kind(self) -> tuple[int, tuple[int, int]]:
-        """What pictures of one batch have in common: steps and size."""
-        return self.steps, self.size
+def serve_config(config: ServeConfig) -> str:
+    """The application as YAML for `serve deploy` and KubeRay's `serveConfigV2`."""
+    application = {
+        "name": APP_NAME,
+        "route_prefix": "/",
+        "import_path": "pipelines.serve:build_app",
+        "args": _settled(config),
+    }
+    values = {"proxy_location": "EveryNode", "http_options": _http_options(config), "applications": [application]}
+    return yaml.safe_dump(values, sort_keys=False)
 
 
-class BatchQueue:
-    """Gathers tasks while `draw` runs, and hands it the longest waiting one with others of its kind.
-
-    `draw` runs in one thread of its own. A task that fails in company is tried alone, so that its company lives.
-    """
-
-    def __init__(self, draw: Callable[[list[DrawTask]], list[orders.Drawing]], max_batch: int) -> None:
-        self._draw = draw
-        self._max_batch = max_batch
-        self._waiting: list[_Ticket] = []
-        self._arrived = asyncio.Event()
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
-        self._loop_task: asyncio.Task[None] | None = None
-
-    async def submit(self, task: DrawTask) -> orders.Drawing:
-        """The drawing of one task. A caller that is cancelled takes its task out of the queue."""
-        if self._loop_task is None:
-            self._loop_task = asyncio.create_task(self._run())
-        ticket = _Ticket(task, asyncio.get_running_loop().create_future())
-        self._waiting.append(ticket)
-        self._arrived.set()
-        return await ticket.answer
-
-    async def _run(self) -> None:
-        while True:
-            await self._arrived.wait()
-            # One turn of the event loop lets the other pictures of the same request arrive.
-            await asyncio.sleep(0)
-            batch = self._take()
-            if batch:
-                await self._answer(batch)
-
-    def _take(self) -> list[_Ticket]:
-        self._waiting = [ticket for ticket in self._waiting if not ticket.answer.done()]
-        batch: list[_Ticket] = []
-        if self._waiting:
-            kind = self._waiting[0].task.kind
-            batch = [ticket for ticket in self._waiting if ticket.task.kind == kind][: self._max_batch]
-            self._waiting = [ticket for ticket in self._waiting if ticket not in batch]
-        if not self._waiting:
-            self._arrived.clear()
-        return batch
-
-    async def _answer(self, batch: list[_Ticket]) -> None:
-        loop = asyncio.get_running_loop()
-        try:
-            pictures = await loop.run_in_executor(self._thread, self._draw, [ticket.task for ticket in batch])
-        except Exception as error:
-            if len(batch) > 1:
-                for ticket in batch:
-                    await self._answer([ticket])
-            elif not batch[0].answer.done():
-                batch[0].answer.set_exception(error)
-            return
-        for ticket, picture in zip(batch, pictures, strict=True):
-            if not ticket.answer.done():
-                ticket.answer.set_result(picture)
-
-
-@dataclass(eq=False)
-class _Ticket:
-    task: DrawTask
-    answer: asyncio.Future[orders.Drawing]
-
-
-class ModelReplica:
-    """One loaded model and its queue."""
-
-    def __init__(self, model: str, storage_uri: str, max_batch: int, num_threads: int) -> None:
-        # Heavy imports stay out of the driver and the ingress.
-        import torch
-
-        from nexusgen.model.weights import DRAWING_PARTS, load_model
-
-        torch.set_num_threads(num_threads)
-        # Found here, not in the driver: on a cluster this may be another machine, with a cache of its own.
-        self._model = load_model(registry.resolve_model(model, storage_uri), DRAWING_PARTS)
-        self._info = model_info(self._model.manifest, model)
-        self._queue = BatchQueue(self._draw, max_batch)
-        # A model that can't draw must not become ready.
-        self._draw([self._resolve(orders.PictureOrder("warm-up", orders.PictureSettings(seed=0, steps=1)))])
-
-    async def info(self) -> orders.ModelInfo:
-        """What is loaded."""
-        return self._info
-
-    async def draw(self, order: orders.PictureOrder) -> orders.Drawing:
-        """The drawing of an order."""
-        return await self._queue.submit(self._resolve(order))
-
-    def _resolve(self, order: orders.PictureOrder) -> DrawTask:
-        settings = order.settings
-        size = settings.size or self._info.image_size
-        return DrawTask(order.prompt, settings.seed, settings.steps or self._info.steps, size)
-
-    def _draw(self, tasks: list[DrawTask]) -> list[orders.Drawing]:
-        from nexusgen.sampling import generate_images
-
-        steps, size = tasks[0].kind
-        prompts, seeds = [task.prompt for task in tasks], [task.seed for task in tasks]
-        images = generate_images(self._model, prompts, seeds, steps=steps, size=size)
-        return [
-            orders.Drawing(encode_png(image, self._info, seed, steps), self._info, seed, steps, size)
-            for image, seed in zip(images, seeds, strict=True)
-        ]
-
-
-def model_info(manifest: Manifest, model: str) -> orders.ModelInfo:
-    """What the API says about a loaded model folder; `model` is its pinned name."""
-    _name, slash, version = model.removeprefix("models:/").partition("/")
-    return orders.ModelInfo(
-        id=registry.MODEL_NAME,
-        version=version if slash and model.startswith("models:/") else None,
-        fingerprint=manifest.fingerprint,
-        parts=tuple(manifest.parts),
-        image_size=manifest.image_size,
-        steps=manifest.num_inference_steps,
-        loaded_at=int(time.time()),
+def build_app(args: Mapping[str, Any]) -> Application:
+    """The application, from the values of a `ServeConfig`: Ray's own tools call this by name."""
+    config = ServeConfig.model_validate(args)
+    versions = ray_serve.deployment(
+        name="versions",
+        max_ongoing_requests=MAX_ONGOING,
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        ray_actor_options={"num_cpus": VERSIONS_CPUS},
+    )(Versions).bind(
+        VersionSettings(
+            config.storage,
+            config.model,
+            APP_NAME,
+            config.canary,
+            config.canary_share,
+            config.also,
+            config.swap,
+        )
     )
-
-
-def _application(config: ServeConfig) -> Application:
-    model = ray_serve.deployment(
-        name="model",
-        num_replicas=config.num_replicas,
-        # Requests gather inside the replica, where they share batches; those beyond wait in the ingress, then get 429.
-        max_ongoing_requests=config.max_batch * 2,
-        max_queued_requests=config.queue_size,
-        ray_actor_options={"num_cpus": config.replica_cpus},
-    )(ModelReplica)
+    parts = {name: _computing(name, config, versions) for name in COMPUTING}
     ingress = ray_serve.deployment(
         name="ingress",
-        max_ongoing_requests=4 * (config.max_batch * 2 + config.queue_size),
+        num_replicas=config.ingress_replicas,
+        max_ongoing_requests=MAX_ONGOING,
+        graceful_shutdown_timeout_s=DRAIN_S,
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
         ray_actor_options={"num_cpus": INGRESS_CPUS},
     )(ray_serve.ingress()(Ingress))
-    pinned = registry.pin_model(config.model, config.storage)
-    num_threads = max(1, int(config.replica_cpus))
-    keys = os.environ.get(KEYS_VARIABLE, "").replace(",", " ").split()
-    settings = ApiSettings(
-        api_keys=tuple(keys),
-        allowed_image_hosts=tuple(config.allowed_image_hosts),
-        request_timeout_s=config.request_timeout_s,
+    return ingress.bind(config.model_dump(mode="json"), versions, *parts.values())
+
+
+def _computing(name: str, config: ServeConfig, versions: Application) -> Application:
+    part: PartConfig = getattr(config, name)
+    settings = ReplicaSettings(
+        storage=config.storage,
+        part=_PARTS[name],
+        max_batch=part.max_batch,
+        num_threads=max(1, int(part.cpus)),
+        on_gpu=part.gpus > 0,
+        deterministic=config.deterministic,
     )
-    replica = model.bind(pinned, storage.absolute(config.storage), config.max_batch, num_threads)
-    return ingress.bind(replica, settings)
+    fewest, most = part.bounds
+    size: dict[str, Any] = {"num_replicas": fewest}
+    if most > fewest:
+        # As many as have one full batch of requests each.
+        size = {
+            "autoscaling_config": {
+                "min_replicas": fewest,
+                "max_replicas": most,
+                "target_ongoing_requests": part.max_batch,
+            }
+        }
+    deployment = ray_serve.deployment(
+        name=name,
+        max_ongoing_requests=MAX_ONGOING,
+        graceful_shutdown_timeout_s=DRAIN_S,
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        ray_actor_options={"num_cpus": part.cpus, "num_gpus": part.gpus},
+        **size,
+    )
+    return deployment(ReplyReplica if name == "ar" else DrawReplica).bind(settings, versions)
+
+
+class Ingress:
+    """The HTTP app, in front of handles to what computes."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        versions: DeploymentHandle[Any],
+        ar: DeploymentHandle[Any],
+        generation_decoder: DeploymentHandle[Any],
+        editing_decoder: DeploymentHandle[Any],
+    ) -> None:
+        self._config = ServeConfig.model_validate(config)
+        decoders = {"generation_decoder": generation_decoder, "editing_decoder": editing_decoder}
+        self._backend = HandleBackend(versions, ar, decoders, self._config.queue_size)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """Called by Serve in the replica: the app is built there, around the handles."""
+        config = self._config
+        keys = tuple(key for key in os.environ.get(KEYS_VARIABLE, "").split(",") if key)
+        return api.create_app(
+            self._backend,
+            ApiSettings(
+                api_keys=keys,
+                allowed_image_hosts=config.allowed_image_hosts,
+                request_timeout_s=config.request_timeout_s,
+                more_metrics=self._backend.metrics,
+            ),
+        )
+
+
+def _settled(config: ServeConfig) -> dict[str, Any]:
+    """The configuration's values as another machine may read them."""
+    return config.model_copy(update={"storage": storage.absolute(config.storage)}).model_dump(mode="json")
+
+
+def _http_options(config: ServeConfig) -> dict[str, Any]:
+    # The app has its own time limit, which it tells in OpenAI's shape; Serve's lies a little beyond.
+    return {"host": config.host, "port": config.port, "request_timeout_s": config.request_timeout_s + 5}
 
 
 @contextmanager
@@ -319,64 +290,19 @@ def _set_by_signals(event: threading.Event) -> Iterator[None]:
 
 
 def _num_cpus(config: ServeConfig) -> float:
-    return config.num_replicas * config.replica_cpus + INGRESS_CPUS
+    parts: list[PartConfig] = [getattr(config, name) for name in COMPUTING]
+    computing = sum(part.bounds[0] * part.cpus for part in parts)
+    return computing + config.ingress_replicas * INGRESS_CPUS + VERSIONS_CPUS
 
 
 def _greeting(config: ServeConfig) -> str:
     body = json.dumps({"prompt": "a red circle", "seed": 0})
-    curl = f"curl -s {config.url}/v1/images/generations -H 'Content-Type: application/json' -d '{body}'"
-    lines = [f"serving {config.model} at {config.url} (Ctrl-C stops)", f"  {curl}"]
-    if config.host not in LOOPBACK and not os.environ.get(KEYS_VARIABLE):
-        lines.append(f"  note: {config.host} is reachable from the network and asks for no key; set {KEYS_VARIABLE}")
+    keys = bool(os.environ.get(KEYS_VARIABLE))
+    key = "-H 'Authorization: Bearer KEY' " if keys else ""
+    curl = f"curl -s {config.url}/v1/images/generations {key}-H 'Content-Type: application/json' -d '{body}'"
+    lines = [f"serving {config.model} at {config.url} (Ctrl-C stops); a page for people is there, too", f"  {curl}"]
+    if config.host not in LOOPBACK and not keys:
+        lines.append(
+            f"  note: {config.host} is reachable from the network, and the API asks for no key: {KEYS_VARIABLE}"
+        )
     return "\n".join(lines)
-
-
-class Ingress:
-    """The HTTP app, in front of a handle to the model."""
-
-    def __init__(self, model: DeploymentHandle[Any], settings: ApiSettings) -> None:
-        self._backend = HandleBackend(model)
-        self._settings = settings
-
-    def __serve_build_asgi_app__(self) -> Any:
-        """Called by Serve in the replica: the app is built there, around the handle."""
-        log_requests()
-        return api.create_app(self._backend, self._settings)
-
-
-class HandleBackend:
-    """The API's backend at the other end of a Serve handle; Serve's errors become the API's."""
-
-    def __init__(self, model: DeploymentHandle[Any]) -> None:
-        self._model = model
-
-    async def models(self) -> list[orders.ModelInfo]:
-        """What the replica has loaded."""
-        return [await self._ask("info")]
-
-    async def draw(self, order: orders.PictureOrder) -> AsyncIterator[orders.PictureEvent]:
-        """The drawing of a text, without pictures on the way."""
-        if order.model not in (None, registry.MODEL_NAME):
-            raise orders.UnknownModelError(
-                f"The model {order.model!r} does not exist; this server has {registry.MODEL_NAME!r}."
-            )
-        if order.images:
-            raise InputError("this server draws from texts alone")
-        drawing = await self._ask("draw", order)
-        yield drawing
-        yield orders.Finished("stop", drawing.model)
-
-    async def chat(self, order: orders.ChatOrder) -> AsyncIterator[orders.ChatEvent]:
-        """Nothing yet."""
-        raise InputError("this server draws pictures, at /v1/images/generations, and doesn't chat")
-        yield  # makes it a generator
-
-    async def _ask(self, method: str, *arguments: Any) -> Any:
-        try:
-            return await getattr(self._model, method).remote(*arguments)
-        except BackPressureError:
-            raise orders.OverloadedError("The queue is full; try again shortly.") from None
-        except RayTaskError as error:
-            raise error.cause from None
-        except (RayActorError, DeploymentUnavailableError):
-            raise orders.UnavailableError("The model's replica is gone or not up yet; try again shortly.") from None

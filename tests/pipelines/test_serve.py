@@ -1,13 +1,17 @@
-"""The replica's queue, in process; and a tiny model behind a real Ray Serve, asked over HTTP."""
+"""A tiny model behind a real Ray Serve, asked over HTTP: the same answers as in process, in any company, over swaps."""
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 import json
+import os
+import random
+import signal
 import socket
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,125 +20,56 @@ from typing import Any
 import httpx
 import numpy as np
 import openai
+import psutil
 import pytest
+import yaml
 from PIL import Image
-from pydantic import ValidationError
+from served_versions import add_version, cut_short, move_alias, with_editing_decoder
 from servers import free_port
-from tiny_training import make_tiny_model
 
 from nexusgen.errors import InputError, ModelError, ResourceError
 from nexusgen.model.manifest import read_manifest
 from nexusgen.model.weights import load_model
-from nexusgen.sampling import generate_images
-from pipelines import orders, serve
-from pipelines.serve import BatchQueue, DrawTask, ServeConfig
+from nexusgen.sampling import describe, edit_images, generate_images
+from pipelines import serve
+from pipelines.serve import PartConfig, ServeConfig
 
-INFO = orders.ModelInfo("nexusgen", None, "f", parts=(), image_size=(64, 64), steps=4, loaded_at=0)
-
-
-def task(number: int, steps: int = 4) -> DrawTask:
-    return DrawTask(f"prompt {number}", seed=number, steps=steps, size=(64, 64))
-
-
-class SlowDraw:
-    """Remembers its batches; the first waits until it is released, so that others gather."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[int]] = []
-        self.may_go_on = threading.Event()
-
-    def __call__(self, tasks: list[DrawTask]) -> list[orders.Drawing]:
-        self.batches.append([task.seed for task in tasks])
-        self.may_go_on.wait(10)
-        if any(task.seed == 13 for task in tasks):
-            raise InputError("thirteen")
-        return [orders.Drawing(b"png", INFO, task.seed, task.steps, task.size) for task in tasks]
-
-
-def test_tasks_gather_while_a_batch_is_drawn() -> None:
-    draw = SlowDraw()
-
-    async def scenario() -> list[orders.Drawing]:
-        queue = BatchQueue(draw, max_batch=3)
-        first = asyncio.create_task(queue.submit(task(0)))
-        await asyncio.sleep(0.05)
-        others = [asyncio.create_task(queue.submit(task(number, 4 if number != 3 else 9))) for number in range(1, 7)]
-        await asyncio.sleep(0.05)
-        draw.may_go_on.set()
-        return await asyncio.gather(first, *others)
-
-    drawings = asyncio.run(scenario())
-    assert [drawing.seed for drawing in drawings] == list(range(7))
-    # Full batches in order of arrival; the one with other steps is drawn apart when its turn has come.
-    assert draw.batches == [[0], [1, 2, 4], [3], [5, 6]]
-
-
-def test_a_cancelled_task_is_not_drawn() -> None:
-    draw = SlowDraw()
-
-    async def scenario() -> None:
-        queue = BatchQueue(draw, max_batch=3)
-        first = asyncio.create_task(queue.submit(task(0)))
-        await asyncio.sleep(0.05)
-        gone, stays = asyncio.create_task(queue.submit(task(1))), asyncio.create_task(queue.submit(task(2)))
-        await asyncio.sleep(0.05)
-        gone.cancel()
-        draw.may_go_on.set()
-        await asyncio.gather(first, stays)
-
-    asyncio.run(scenario())
-    assert draw.batches == [[0], [2]]
-
-
-def test_a_failing_task_does_not_fail_its_company() -> None:
-    draw = SlowDraw()
-    draw.may_go_on.set()
-
-    async def scenario() -> list[orders.Drawing | BaseException]:
-        queue = BatchQueue(draw, max_batch=8)
-        return await asyncio.gather(*(queue.submit(task(number)) for number in (12, 13, 14)), return_exceptions=True)
-
-    before, failed, after = asyncio.run(scenario())
-    assert isinstance(before, orders.Drawing)
-    assert isinstance(failed, InputError)
-    assert isinstance(after, orders.Drawing)
+pytestmark = pytest.mark.usefixtures("no_server")
+SMALL = PartConfig(cpus=0.3, max_batch=4)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model folder with random weights."""
-    return make_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-def test_what_would_fail_late_is_found_first(tmp_path: Path, model: Path) -> None:
-    with pytest.raises(InputError, match="no such folder"):
-        serve.check(ServeConfig(storage=str(tmp_path), model=str(tmp_path / "absent")))
-    with pytest.raises(ModelError, match="not a model folder"):
-        serve.check(ServeConfig(storage=str(tmp_path), model=str(tmp_path)))
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(ResourceError, match=f"127.0.0.1:{port}.*another port"):
-            serve.check(ServeConfig(storage=str(tmp_path), model=str(model), port=port))
-
-
-def test_hosts_of_pictures_are_hosts(tmp_path: Path, model: Path) -> None:
-    with pytest.raises(ValidationError, match=r"allowed_image_hosts[\s\S]*http://example\.org.*wanted HOST"):
-        ServeConfig(storage=str(tmp_path), model=str(model), allowed_image_hosts=["http://example.org"])
+def folders(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two models that can edit, with unlike weights."""
+    place = tmp_path_factory.mktemp("models")
+    first, second = (with_editing_decoder(base, place / str(seed), seed) for seed in (0, 1))
+    assert read_manifest(first).fingerprint != read_manifest(second).fingerprint
+    return first, second
 
 
 @pytest.fixture(scope="module")
-def url(ray_cluster: Any, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    config = ServeConfig(
-        storage=str(tmp_path_factory.mktemp("storage")),
-        model=str(model),
+def config(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> ServeConfig:
+    """What is served: the champion of a registry whose first version it is."""
+    storage = str(tmp_path_factory.mktemp("storage"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        add_version(storage, folders[0])
+    return ServeConfig(
+        storage=storage,
+        model="models:/nexusgen@champion",
         port=free_port(),
-        max_batch=4,
-        queue_size=4,
-        replica_cpus=0.5,
+        queue_size=24,
+        ar=SMALL,
+        generation_decoder=SMALL,
+        editing_decoder=SMALL,
     )
-    yield serve.start(config)
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster: Any, config: ServeConfig) -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield serve.start(config)
     serve.shutdown()
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{config.url}/health")
@@ -145,54 +80,213 @@ def post(url: str, **body: Any) -> httpx.Response:
 
 
 def picture_of(response: httpx.Response, index: int = 0) -> Image.Image:
+    assert response.status_code == 200, response.text
     return Image.open(io.BytesIO(base64.b64decode(response.json()["data"][index]["b64_json"])))
 
 
-def test_picture_over_http_equals_that_of_generate(url: str, model: Path) -> None:
-    prompt = "a red circle"
-    response = post(url, prompt=prompt, seed=5, steps=3, n=2)
-    assert response.status_code == 200, response.text
-    expected = generate_images(load_model(model), [prompt] * 2, [5, 6], steps=3)
-    for index in range(2):
-        difference = np.asarray(picture_of(response, index), int) - np.asarray(expected[index], int)
-        assert np.abs(difference).max() <= 1
-    made = json.loads(picture_of(response, 1).text["nexusgen"])
-    assert (made["seed"], made["steps"]) == (6, 3)
-    assert made["fingerprint"] == read_manifest(model).fingerprint == response.json()["fingerprint"]
+def assert_same_picture(ours: Image.Image, theirs: Image.Image) -> None:
+    assert np.abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
 
 
-def test_health_names_the_loaded_model(url: str, model: Path) -> None:
-    response = httpx.get(f"{url}/health")
-    assert response.status_code == 200
-    assert response.json()["fingerprint"] == read_manifest(model).fingerprint
+def noise(seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (64, 96, 3), dtype=np.uint8))
 
 
-def test_errors_arrive_in_openais_shape(url: str) -> None:
-    too_long = post(url, prompt="x" * 100_000)
-    assert too_long.status_code == 400
-    assert too_long.json()["error"]["code"] == "string_above_max_length"
-    unknown = post(url, prompt="x", qualiti="high")
-    assert (unknown.status_code, unknown.json()["error"]["param"]) == (400, "qualiti")
+def png_of(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return buffer.getvalue()
+
+
+def ask(url: str, question: str, image: Image.Image, **values: Any) -> httpx.Response:
+    data = "data:image/png;base64," + base64.b64encode(png_of(image)).decode()
+    content = [{"type": "image_url", "image_url": {"url": data}}, {"type": "text", "text": question}]
+    body = {"model": "nexusgen", "messages": [{"role": "user", "content": content}], **values}
+    return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=200)
+
+
+def edit(url: str, prompt: str, image: Image.Image, **values: Any) -> httpx.Response:
+    form = {"prompt": prompt} | {name: str(value) for name, value in values.items()}
+    files = {"image": ("a.png", png_of(image), "image/png")}
+    return httpx.post(f"{url}/v1/images/edits", data=form, files=files, timeout=200)
+
+
+def test_what_would_fail_late_is_found_first(tmp_path: Path, base: Path) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        serve.check(ServeConfig(storage=str(tmp_path), model=str(tmp_path / "absent")))
+    with pytest.raises(ModelError, match="not a model folder"):
+        serve.check(ServeConfig(storage=str(tmp_path), model=str(tmp_path)))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ResourceError, match=f"127.0.0.1:{port}.*another port"):
+            serve.check(ServeConfig(storage=str(tmp_path), model=str(base), port=port))
+
+
+def test_pictures_and_answers_equal_those_of_the_commands(url: str, folders: tuple[Path, Path]) -> None:
+    """Alone, and each in the company of all the others, at other steps and seeds."""
+    model, image = load_model(folders[0]), noise()
+    prompts = [f"a {colour} circle" for colour in ("red", "green", "blue")]
+    with ThreadPoolExecutor(16) as pool:
+        drawn = [
+            pool.submit(post, url, prompt=prompt, seed=5, steps=steps, n=2) for prompt in prompts for steps in (2, 3)
+        ]
+        edited = [pool.submit(edit, url, f"{prompt} instead", image, seed=7, steps=2) for prompt in prompts]
+        said = [pool.submit(ask, url, f"Is it {prompt}?", image, max_tokens=8) for prompt in prompts]
+    for call, (prompt, steps) in zip(drawn, [(p, s) for p in prompts for s in (2, 3)], strict=True):
+        response = call.result()
+        for index, expected in enumerate(generate_images(model, [prompt] * 2, [5, 6], steps=steps)):
+            assert_same_picture(picture_of(response, index), expected)
+        made = json.loads(picture_of(response, 1).text["nexusgen"])
+        assert (made["seed"], made["steps"], made["version"]) == (6, steps, "1")
+        assert made["fingerprint"] == read_manifest(folders[0]).fingerprint
+    for call, prompt in zip(edited, prompts, strict=True):
+        (expected,) = edit_images(model, [image], [f"{prompt} instead"], [7], steps=2)
+        assert_same_picture(picture_of(call.result()), expected)
+    for call, prompt in zip(said, prompts, strict=True):
+        answer = call.result().json()["choices"][0]["message"]["content"]
+        assert answer.strip() == describe(model, [image], [f"Is it {prompt}?"], max_new_tokens=8)[0]
+
+
+def test_health_and_models_name_what_is_loaded(url: str, folders: tuple[Path, Path]) -> None:
+    fingerprint = read_manifest(folders[0]).fingerprint
+    health = httpx.get(f"{url}/health")
+    assert (health.status_code, health.json()["fingerprint"]) == (200, fingerprint)
+    (listed,) = httpx.get(f"{url}/v1/models").json()["data"]
+    assert (listed["id"], listed["version"], listed["fingerprint"]) == ("nexusgen", "1", fingerprint)
+
+
+def test_a_chat_streams_and_draws(url: str) -> None:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        stream = client.chat.completions.create(
+            model="nexusgen",
+            messages=[{"role": "user", "content": "Draw a red circle."}],
+            stream=True,
+            extra_body={"modalities": ["image"], "seed": 3, "steps": 2},
+        )
+        chunks = [chunk for chunk in stream if chunk.choices]
+    images = [image for chunk in chunks for image in getattr(chunk.choices[0].delta, "images", None) or []]
+    assert len(images) == 1
+    assert images[0]["image_url"]["url"].startswith("data:image/png;base64,")
+    assert chunks[-1].choices[0].finish_reason in ("stop", "length")
 
 
 def test_overload_is_shed_and_the_rest_served(url: str) -> None:
-    with ThreadPoolExecutor(32) as pool:
-        calls = [pool.submit(post, url, prompt="a blue square", seed=seed, steps=20) for seed in range(32)]
+    with ThreadPoolExecutor(60) as pool:
+        calls = [pool.submit(post, url, prompt="a blue square", seed=seed, steps=20) for seed in range(60)]
         responses = [call.result() for call in calls]
-    statuses = {response.status_code for response in responses}
-    assert statuses == {200, 429}  # 8 are at work and 4 wait at any time
+    statuses = Counter(response.status_code for response in responses)
+    assert set(statuses) == {200, 429}
+    assert statuses[200] >= 24  # so many are inside at any time
     for response in responses:
         if response.status_code == 429:
             assert response.json()["error"]["type"] == "rate_limit_error"
             assert int(response.headers["retry-after"]) >= 1
 
 
-def test_openai_client_reads_the_answer(url: str) -> None:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-        answer = client.images.generate(
-            prompt="a red circle", model="nexusgen", n=1, extra_body={"seed": 1, "steps": 2}
+def replica_pids(name: str) -> list[int]:
+    """Processes of a deployment's replicas."""
+    marks = f"ServeReplica:{serve.APP_NAME}:{name}"
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if any(marks in part for part in process.info["cmdline"] or [])
+    ]
+
+
+def wait_until(is_so: Any, timeout_s: float = 90.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline, "it doesn't come about"
+        time.sleep(0.2)
+
+
+def test_who_goes_away_stops_the_work(url: str) -> None:
+    """A picture of a thousand steps would keep the decoder for long; the next one comes at once."""
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            f"{url}/v1/images/generations",
+            json={"prompt": "a circle", "steps": 200, "n": 4},
+            timeout=httpx.Timeout(1.0),
         )
-        assert answer.data[0].b64_json
-        with pytest.raises(openai.BadRequestError) as refused:
-            client.images.generate(prompt="a red circle", size="1x1")
-    assert refused.value.param == "size"
+    began = time.monotonic()
+    assert post(url, prompt="a circle", steps=1).status_code == 200
+    assert time.monotonic() - began < 10
+
+    def is_idle() -> bool:
+        text = httpx.get(f"{url}/metrics").text
+        inside = [line for line in text.splitlines() if line.startswith("nexusgen_requests_inside")]
+        return bool(inside) and float(inside[0].rpartition(" ")[2]) == 0
+
+    wait_until(is_idle, 20)
+
+
+def test_the_alias_moves_without_a_lost_request_and_a_bad_version_changes_nothing(
+    url: str, config: ServeConfig, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    first, second = (read_manifest(folder).fingerprint for folder in folders)
+    statuses: Counter[tuple[int, str]] = Counter()
+    is_over = threading.Event()
+
+    def keep_asking(number: int) -> None:
+        rng = random.Random(number)
+        while not is_over.is_set():
+            response = post(url, prompt="a circle", steps=rng.randint(1, 3), seed=number)
+            made = response.json().get("fingerprint", "")
+            statuses[response.status_code, made] += 1
+
+    def loaded() -> str:
+        return str(httpx.get(f"{url}/v1/models").json()["data"][0]["fingerprint"])
+
+    with ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(keep_asking, number) for number in range(4)]
+        try:
+            version = add_version(config.storage, folders[1])
+            wait_until(lambda: loaded() == second)
+            wait_until(lambda: statuses[200, second] >= 4)
+
+            # A version whose weights are cut short: it is told, and the old one stays.
+            corrupt = cut_short(with_editing_decoder(folders[0], tmp_path / "corrupt", 2))
+            move_alias(config.storage, add_version(config.storage, corrupt))
+            wait_until(lambda: refused(url).startswith("models:/nexusgen/3: generation_decoder: "))
+            assert loaded() == second
+            move_alias(config.storage, "1")
+            wait_until(lambda: loaded() == first)
+            wait_until(lambda: refused(url) == "")
+            assert version == "2"
+        finally:
+            is_over.set()
+        for client in clients:
+            client.result()
+    assert {status for status, _ in statuses} == {200}
+    assert {made for _, made in statuses} == {first, second}
+
+
+def refused(url: str) -> str:
+    """What /health says of versions that can't be served."""
+    return str(httpx.get(f"{url}/health").json().get("refused") or "")
+
+
+def test_a_killed_replica_costs_its_own_requests_and_comes_back(url: str) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(post, url, prompt="a circle", seed=seed, steps=100) for seed in range(4)]
+        time.sleep(0.5)
+        for pid in replica_pids("generation_decoder"):
+            os.kill(pid, signal.SIGKILL)
+        statuses = {call.result().status_code for call in calls}
+    assert statuses <= {200, 503}
+    assert 503 in statuses
+    wait_until(lambda: post(url, prompt="a circle", steps=1).status_code == 200)
+
+
+def test_the_written_configuration_is_the_application(config: ServeConfig, tmp_path: Path) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    written = yaml.safe_load(serve.serve_config(config))
+    schema = ServeDeploySchema.model_validate(written)
+    assert schema.http_options.port == config.port
+    (application,) = schema.applications
+    assert application.import_path == "pipelines.serve:build_app"
+    assert ServeConfig.model_validate(application.args) == config
+    assert serve.build_app(application.args) is not None

@@ -1,0 +1,243 @@
+"""The door's backend in front of Serve handles: which version answers, how many are let in, what Serve's errors mean.
+
+An order goes to the language model, and what that predicts goes on to a decoder, both of the same version. What is let
+in is bounded here, at the door: behind it everything finds a place, so nothing is refused after it has begun.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import random
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from pipelines.engines import DrawRequest, Predicted, Replied
+from pipelines.orders import (
+    ChatEvent,
+    ChatOrder,
+    Drawing,
+    Finished,
+    ModelInfo,
+    OverloadedError,
+    PictureEvent,
+    PictureOrder,
+    Text,
+    UnavailableError,
+    UnknownModelError,
+)
+from pipelines.replicas import Held, NotHeldError
+from pipelines.serve_metrics import replica_metrics
+from pipelines.versions import Served
+
+REFRESH_S = 1.0  # how old what is known of the versions may be
+ASK_TIMEOUT_S = 5.0
+RETRY_S = 0.2  # between two looks for a version that is being swapped
+MAX_RETRY_S = 60.0
+logger = logging.getLogger("nexusgen.serve")
+RECENT = 64  # orders from whose rate of completion the waiting time is told
+
+
+class Admission:
+    """How many orders are inside; more than the limit are refused, with the time after which to come back."""
+
+    def __init__(self, limit: int) -> None:
+        self.num_inside = 0
+        self._limit = limit
+        self._ends: deque[float] = deque(maxlen=RECENT)
+
+    @contextlib.contextmanager
+    def admitted(self) -> Iterator[None]:
+        """Count an order while the body runs. Raises: OverloadedError."""
+        if self.num_inside >= self._limit:
+            raise OverloadedError(
+                f"{self.num_inside} requests are waiting or being worked on, which is the limit; try again shortly",
+                self.retry_after_s(time.monotonic()),
+            )
+        self.num_inside += 1
+        try:
+            yield
+        finally:
+            self.num_inside -= 1
+            self._ends.append(time.monotonic())
+
+    def retry_after_s(self, now: float) -> int:
+        """After so many whole seconds, at the rate of the last orders, half of those inside will have ended."""
+        if len(self._ends) < 2:
+            return 1
+        rate = len(self._ends) / max(now - self._ends[0], 1e-3)
+        return min(60, max(1, math.ceil(self.num_inside / 2 / rate)))
+
+
+class HandleBackend:
+    """A `Backend` at the other end of Serve handles."""
+
+    def __init__(
+        self,
+        versions: DeploymentHandle[Any],
+        ar: DeploymentHandle[Any],
+        decoders: dict[str, DeploymentHandle[Any]],
+        max_inside: int,
+    ) -> None:
+        """`decoders` by part: generation_decoder and editing_decoder."""
+        self.admission = Admission(max_inside)
+        self._versions, self._ar, self._decoders = versions, ar, decoders
+        self._served: Served | None = None
+        self._served_at = -math.inf
+        self._refreshing: asyncio.Task[None] | None = None
+        self._random = random.Random()  # who gets the canary
+
+    async def models(self) -> list[ModelInfo]:
+        """What is served, the default first. Raises: UnavailableError."""
+        return [held.info for held in (await self._look()).models]
+
+    async def ready(self) -> list[ModelInfo]:
+        """What is served, if replicas of the language model and of a decoder reply. Raises: UnavailableError."""
+        models = await self.models()
+        try:
+            async with asyncio.timeout(ASK_TIMEOUT_S):
+                await asyncio.gather(self._ar.stats.remote(), self._decoders["generation_decoder"].stats.remote())
+        except (TimeoutError, RayActorError, RayTaskError, BackPressureError, DeploymentUnavailableError):
+            raise UnavailableError("The model's replicas do not reply; try again shortly.") from None
+        return models
+
+    async def metrics(self) -> str:
+        """What all replicas have done, for Prometheus; of those that don't reply, nothing."""
+        handles = {"ar": self._ar, **self._decoders}
+        answers = await asyncio.gather(*map(self._stats, handles.values()))
+        return replica_metrics(self.admission.num_inside, dict(zip(handles, answers, strict=True)))
+
+    async def _stats(self, handle: DeploymentHandle[Any]) -> list[dict[str, Any]]:
+        with contextlib.suppress(TimeoutError, RayActorError, BackPressureError, DeploymentUnavailableError):
+            async with asyncio.timeout(ASK_TIMEOUT_S):
+                answers = await handle.broadcast("stats").results_async(return_exceptions=True)
+                return [answer for answer in answers if not isinstance(answer, BaseException)]
+        return []
+
+    async def draw(self, order: PictureOrder) -> AsyncGenerator[PictureEvent, None]:
+        """Partial pictures, the drawing, `Finished`."""
+        with self.admission.admitted():
+            async with contextlib.aclosing(self._retried(order, self._draw)) as events:
+                async for event in events:
+                    yield event
+
+    async def chat(self, order: ChatOrder) -> AsyncGenerator[ChatEvent, None]:
+        """Texts and drawings, `Finished` last."""
+        with self.admission.admitted():
+            async with contextlib.aclosing(self._retried(order, self._chat)) as events:
+                async for event in events:
+                    yield event
+
+    async def _retried(
+        self, order: Any, answer: Callable[[Any, Held], AsyncGenerator[Any, None]]
+    ) -> AsyncGenerator[Any, None]:
+        """An answer by whichever version is served; begun anew, before its first event, if that is being swapped."""
+        give_up = time.monotonic() + MAX_RETRY_S
+        while True:
+            has_begun = False
+            try:
+                async with contextlib.aclosing(answer(order, await self._pick(order.model))) as events:
+                    async for event in events:
+                        has_begun = True
+                        yield event
+                return
+            except NotHeldError as error:
+                if has_begun or time.monotonic() > give_up:
+                    raise UnavailableError("The version of the model was taken down meanwhile; try again.") from error
+                await asyncio.sleep(RETRY_S)
+                await self._look(anew=True)
+
+    async def _draw(self, order: PictureOrder, held: Held) -> AsyncGenerator[PictureEvent, None]:
+        part = "editing_decoder" if order.images else "generation_decoder"
+        if part not in held.info.parts:
+            raise UnknownModelError(
+                f"The model {held.info.id!r} of version {held.info.version} has no {part}; it can't "
+                f"{'edit' if order.images else 'draw'} pictures."
+            )
+        predicted, replied = None, None
+        async for event in self._stream(self._ar, "reply", held, order):
+            if isinstance(event, Predicted):
+                predicted = event
+            elif isinstance(event, Replied):
+                replied = event
+        assert predicted is not None
+        assert replied is not None
+        request = DrawRequest(predicted, order.settings, order.num_partial)
+        async for event in self._stream(self._decoders[part], "draw", held, request):
+            yield event
+        yield Finished("stop", held.info, replied.usage)
+
+    async def _chat(self, order: ChatOrder, held: Held) -> AsyncGenerator[ChatEvent, None]:
+        num_drawn = 0
+        async for event in self._stream(self._ar, "reply", held, order):
+            if isinstance(event, Text):
+                yield event
+            elif isinstance(event, Predicted):
+                part = "editing_decoder" if event.reference is not None else "generation_decoder"
+                settings = replace(order.picture, seed=order.picture.seed + num_drawn)
+                num_drawn += 1
+                request = DrawRequest(event, settings)
+                async for drawn in self._stream(self._decoders[part], "draw", held, request):
+                    if isinstance(drawn, Drawing):
+                        yield drawn
+            elif isinstance(event, Replied):
+                yield Finished("length" if event.reason == "length" else "stop", held.info, event.usage)
+
+    async def _pick(self, model: str | None) -> Held:
+        """The version for a request; of the default's, the canary takes its share. Raises: UnknownModelError."""
+        served = await self._look()
+        if model is None or model == served.models[0].info.id:
+            is_canary = served.canary_share > 0 and self._random.random() < served.canary_share
+            return served.models[1 if is_canary else 0]
+        for held in served.models:
+            if model in (held.info.id, f"{served.models[0].info.id}/{held.info.version}"):
+                return held
+        names = ", ".join(repr(held.info.id) for held in served.models)
+        raise UnknownModelError(f"The model {model!r} does not exist; this server has {names}.")
+
+    async def _look(self, *, anew: bool = False) -> Served:
+        """What is served, at most a little old unless it is wanted anew. Raises: UnavailableError."""
+        if self._served is None or anew:
+            await self._refresh()
+        elif time.monotonic() - self._served_at > REFRESH_S and (self._refreshing is None or self._refreshing.done()):
+            self._refreshing = asyncio.create_task(self._refresh())  # requests don't wait for it
+        if self._served is None:
+            raise UnavailableError("The model is not loaded yet; try again shortly.")
+        return self._served
+
+    async def _refresh(self) -> None:
+        try:
+            async with asyncio.timeout(ASK_TIMEOUT_S):
+                self._served = await self._versions.served.remote()
+        except (TimeoutError, RayActorError, RayTaskError, BackPressureError, DeploymentUnavailableError) as error:
+            logger.warning("what is served isn't known anew: %s: %s", type(error).__name__, error)
+        self._served_at = time.monotonic()
+
+    async def _stream(
+        self, handle: DeploymentHandle[Any], method: str, held: Held, order: Any
+    ) -> AsyncGenerator[Any, None]:
+        """The events of a replica. Whoever closes this stops the work there."""
+        events = getattr(handle.options(stream=True), method).remote(held.info.fingerprint, order)
+        is_over = False
+        try:
+            async for event in events:
+                yield event
+            is_over = True
+        except RayTaskError as error:
+            is_over = True
+            raise error.cause from None
+        except (BackPressureError, RayActorError, DeploymentUnavailableError):
+            is_over = True
+            raise UnavailableError("The model's replica is gone or not up yet; try again shortly.") from None
+        finally:
+            if not is_over:
+                events.cancel()

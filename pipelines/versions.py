@@ -1,0 +1,171 @@
+"""Which versions are served: what the configuration names, followed when an alias moves, without a lost request.
+
+One replica of this deployment looks at the registry every few seconds. A new version is loaded by every computing
+replica, tried there, and only then becomes what the ingress asks for; if any replica can't, the old one stays, and the
+reason is told. It computes nothing and imports no torch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from nexusgen.errors import NexusgenError
+from nexusgen.model.manifest import read_manifest
+from pipelines import registry
+from pipelines.orders import ModelInfo
+from pipelines.replicas import Held
+
+Swap = Literal["beside", "in_place"]
+COMPUTING = ("ar", "generation_decoder", "editing_decoder")
+SETTLE_S = 3.0  # after a swap, until every ingress has heard of it; then the old version may go
+logger = logging.getLogger("nexusgen.serve")
+
+
+@dataclass(frozen=True)
+class VersionSettings:
+    """What is to be served: the default, a share of whose requests a canary may take, and what else has a name."""
+
+    storage: str
+    model: str
+    app_name: str
+    canary: str | None = None
+    canary_share: float = 0.0
+    also: tuple[str, ...] = ()
+    swap: Swap = "beside"
+    poll_s: float = 5.0
+
+
+@dataclass(frozen=True)
+class Served:
+    """What an ingress needs to know. The default comes first; the canary, if there is one, second."""
+
+    models: tuple[Held, ...]
+    canary_share: float = 0.0
+
+
+class Versions:
+    """Follows the names of the configuration."""
+
+    async def __init__(self, settings: VersionSettings) -> None:  # type: ignore[misc]
+        """Raises: InputError or ModelError if there is no such model."""
+        self._settings = settings
+        self._names = [settings.model, *([settings.canary] if settings.canary else []), *settings.also]
+        self._held = {name: await asyncio.to_thread(self._find, name) for name in self._names}
+        self._refused: dict[str, str] = {}
+        self._lock = asyncio.Lock()
+        self._watch_task = asyncio.create_task(self._watch())
+
+    async def wanted(self) -> list[Held]:
+        """What a replica that begins is to hold."""
+        return _once(self._held.values())
+
+    async def served(self) -> Served:
+        """What requests can have."""
+        share = self._settings.canary_share if self._settings.canary else 0.0
+        told = [
+            replace(held, info=replace(held.info, refused=self._refused.get(name, "")))
+            for name, held in ((name, self._held[name]) for name in self._names)
+        ]
+        return Served(tuple(told), share)
+
+    async def check_health(self) -> None:
+        """Called by Serve. Raises: RuntimeError if nobody looks at the registry any more."""
+        if self._watch_task.done():
+            raise RuntimeError("the watch over the registry has ended")
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.poll_s)
+            for name in self._names:
+                with contextlib.suppress(NexusgenError):  # a registry that is away: what is served stays
+                    found = await asyncio.to_thread(self._find_if_new, name)
+                    if found is not None:
+                        await self._swap(name, found)
+            # A replica that began while versions were changing may hold the old ones.
+            await self._hold(_once(self._held.values()))
+
+    def _find_if_new(self, name: str) -> Held | None:
+        pinned = registry.pin_model(name, self._settings.storage)
+        if pinned == self._held[name].pinned:
+            self._refused.pop(name, None)
+            return None
+        if self._refused.get(name, "").startswith(f"{pinned}: "):
+            return None  # tried before
+        try:
+            return self._find(name)
+        except NexusgenError as error:
+            self._refuse(name, pinned, str(error))
+            return None
+
+    def _find(self, name: str) -> Held:
+        """The version that a name means now. Raises: InputError or ModelError if there is none."""
+        pinned = registry.pin_model(name, self._settings.storage)
+        manifest = read_manifest(registry.resolve_model(pinned, self._settings.storage))
+        version = pinned.rpartition("/")[2] if pinned.startswith("models:/") else None
+        is_default = name == self._settings.model
+        suffix = f"/{version or manifest.fingerprint}"
+        return Held(
+            pinned,
+            ModelInfo(
+                id=registry.MODEL_NAME if is_default else registry.MODEL_NAME + suffix,
+                version=version,
+                fingerprint=manifest.fingerprint,
+                parts=manifest.parts,
+                image_size=manifest.image_size,
+                steps=manifest.num_inference_steps,
+                loaded_at=int(time.time()),
+            ),
+        )
+
+    async def _swap(self, name: str, new: Held) -> None:
+        async with self._lock:
+            old = self._held
+            in_place = self._settings.swap == "in_place"
+            after = {**old, name: new}
+            during = _once(after.values()) if in_place else _once([*old.values(), new])
+            logger.info("%s is %s now: it is being loaded", name, new.pinned)
+            reasons = await self._hold(during, drop_first=in_place)
+            if reasons:
+                self._refuse(name, new.pinned, "; ".join(sorted(set(reasons))))
+                await self._hold(_once(old.values()))
+                return
+            self._held = after
+            logger.info("%s is served as %s", new.pinned, name)
+            await asyncio.sleep(SETTLE_S)
+            await self._hold(_once(after.values()))
+
+    async def _hold(self, wanted: Sequence[Held], drop_first: bool = False) -> list[str]:
+        """Have all computing replicas hold these versions. Gives what went wrong."""
+        from ray import serve
+
+        async def of(deployment: str) -> list[str]:
+            handle: Any = serve.get_deployment_handle(deployment, self._settings.app_name)
+            try:
+                results = await handle.broadcast("hold", list(wanted), drop_first).results_async(return_exceptions=True)
+            except Exception as error:  # Serve's own, of a deployment that is being replaced
+                return [f"{deployment}: {error}"]
+            found = []
+            for result in results:
+                if isinstance(result, BaseException):
+                    # A replica that dies in the middle is started again, with what is wanted then.
+                    logger.warning("%s: a replica didn't say whether it holds the version: %s", deployment, result)
+                    continue
+                found += [f"{deployment}: {reason}" for reason in result.values() if reason]
+            return found
+
+        return [reason for found in await asyncio.gather(*map(of, COMPUTING)) for reason in found]
+
+    def _refuse(self, name: str, pinned: str, reason: str) -> None:
+        self._refused[name] = f"{pinned}: {reason}"
+        logger.error("%s stays %s: %s can't be served: %s", name, self._held[name].pinned, pinned, reason)
+
+
+def _once(held: Any) -> list[Held]:
+    """Each version once, in order."""
+    return list({one.info.fingerprint: one for one in held}.values())
