@@ -25,7 +25,6 @@ from pipelines.engines import DrawRequest, Predicted, Replied
 from pipelines.orders import (
     ChatEvent,
     ChatOrder,
-    Drawing,
     Finished,
     ModelInfo,
     OverloadedError,
@@ -44,6 +43,7 @@ ASK_TIMEOUT_S = 5.0
 RETRY_S = 0.2  # between two looks for a version that is being swapped
 MAX_RETRY_S = 60.0
 logger = logging.getLogger("nexusgen.serve")
+REFUSED_S = 1.0
 RECENT = 64  # orders from whose rate of completion the waiting time is told
 
 
@@ -54,11 +54,13 @@ class Admission:
         self.num_inside = 0
         self._limit = limit
         self._ends: deque[float] = deque(maxlen=RECENT)
+        self._refusals: deque[float] = deque()
 
     @contextlib.contextmanager
     def admitted(self) -> Iterator[None]:
         """Count an order while the body runs. Raises: OverloadedError."""
         if self.num_inside >= self._limit:
+            self._refusals.append(time.monotonic())
             raise OverloadedError(
                 f"{self.num_inside} requests are waiting or being worked on, which is the limit; try again shortly",
                 self.retry_after_s(time.monotonic()),
@@ -71,11 +73,14 @@ class Admission:
             self._ends.append(time.monotonic())
 
     def retry_after_s(self, now: float) -> int:
-        """After so many whole seconds, at the rate of the last orders, half of those inside will have ended."""
+        """After so many whole seconds, at the rate of the last orders, there will have been room for half of those
+        inside and for all that were refused in the last `REFUSED_S`: they will come again, too."""
+        while self._refusals and now - self._refusals[0] > REFUSED_S:
+            self._refusals.popleft()
         if len(self._ends) < 2:
             return 1
         rate = len(self._ends) / max(now - self._ends[0], 1e-3)
-        return min(60, max(1, math.ceil(self.num_inside / 2 / rate)))
+        return min(60, max(1, math.ceil((self.num_inside / 2 + len(self._refusals)) / rate)))
 
 
 class HandleBackend:
@@ -163,17 +168,13 @@ class HandleBackend:
                 f"The model {held.info.id!r} of version {held.info.version} has no {part}; it can't "
                 f"{'edit' if order.images else 'draw'} pictures."
             )
-        predicted, replied = None, None
-        async for event in self._stream(self._ar, "reply", held, order):
-            if isinstance(event, Predicted):
-                predicted = event
-            elif isinstance(event, Replied):
-                replied = event
-        assert predicted is not None
-        assert replied is not None
+        predicted, replied = await self._ask(self._ar, "predict", held, order)
         request = DrawRequest(predicted, order.settings, order.num_partial)
-        async for event in self._stream(self._decoders[part], "draw", held, request):
-            yield event
+        if order.num_partial:
+            async for event in self._stream(self._decoders[part], "draw", held, request):
+                yield event
+        else:
+            yield await self._ask(self._decoders[part], "draw_at_once", held, request)
         yield Finished("stop", held.info, replied.usage)
 
     async def _chat(self, order: ChatOrder, held: Held) -> AsyncGenerator[ChatEvent, None]:
@@ -186,9 +187,7 @@ class HandleBackend:
                 settings = replace(order.picture, seed=order.picture.seed + num_drawn)
                 num_drawn += 1
                 request = DrawRequest(event, settings)
-                async for drawn in self._stream(self._decoders[part], "draw", held, request):
-                    if isinstance(drawn, Drawing):
-                        yield drawn
+                yield await self._ask(self._decoders[part], "draw_at_once", held, request)
             elif isinstance(event, Replied):
                 yield Finished("length" if event.reason == "length" else "stop", held.info, event.usage)
 
@@ -222,6 +221,16 @@ class HandleBackend:
             logger.warning("what is served isn't known anew: %s: %s", type(error).__name__, error)
         self._served_at = time.monotonic()
 
+    async def _ask(self, handle: DeploymentHandle[Any], method: str, held: Held, order: Any) -> Any:
+        """One answer of a replica. Whoever cancels this stops the work there."""
+        answer = getattr(handle, method).remote(held.info.fingerprint, order)
+        with _serves_errors():
+            try:
+                return await answer
+            except asyncio.CancelledError:
+                answer.cancel()
+                raise
+
     async def _stream(
         self, handle: DeploymentHandle[Any], method: str, held: Held, order: Any
     ) -> AsyncGenerator[Any, None]:
@@ -229,15 +238,24 @@ class HandleBackend:
         events = getattr(handle.options(stream=True), method).remote(held.info.fingerprint, order)
         is_over = False
         try:
-            async for event in events:
-                yield event
-            is_over = True
-        except RayTaskError as error:
-            is_over = True
-            raise error.cause from None
-        except (BackPressureError, RayActorError, DeploymentUnavailableError):
-            is_over = True
-            raise UnavailableError("The model's replica is gone or not up yet; try again shortly.") from None
+            with _serves_errors():
+                async for event in events:
+                    yield event
+                is_over = True
+        except (Exception, asyncio.CancelledError) as error:
+            is_over = not isinstance(error, asyncio.CancelledError)
+            raise
         finally:
             if not is_over:
                 events.cancel()
+
+
+@contextlib.contextmanager
+def _serves_errors() -> Iterator[None]:
+    """Serve's errors become the door's, and those of a replica what they were there."""
+    try:
+        yield
+    except RayTaskError as error:
+        raise error.cause from None
+    except (BackPressureError, RayActorError, DeploymentUnavailableError):
+        raise UnavailableError("The model's replica is gone or not up yet; try again shortly.") from None

@@ -221,6 +221,14 @@ class ReplyReplica(Replica):
                 loop.stats.add_units("prompt_tokens", event.usage.prompt_tokens)
             yield event
 
+    async def predict(self, fingerprint: str, order: PictureOrder) -> tuple[Predicted, Replied]:
+        """What is to be drawn for an order, and how the reply ended. One answer costs less than a stream. Raises: as
+        `reply`."""
+        events = [event async for event in self.reply(fingerprint, order)]
+        (predicted,) = (event for event in events if isinstance(event, Predicted))
+        (replied,) = (event for event in events if isinstance(event, Replied))
+        return predicted, replied
+
     def _work(self, model: Model) -> ReplyWork:
         settings = self._settings
         return ReplyWork(model, settings.max_batch, settings.max_length, settings.deterministic)
@@ -252,6 +260,11 @@ class DrawReplica(Replica):
             else:
                 loop.stats.add_units("pictures", 1)
                 yield Drawing(png, info, seed, made.steps, made.size, made.true_cfg_scale)
+
+    async def draw_at_once(self, fingerprint: str, request: DrawRequest) -> Drawing:
+        """The whole picture alone. One answer costs less than a stream. Raises: as `draw`."""
+        (drawing,) = [event async for event in self.draw(fingerprint, request) if isinstance(event, Drawing)]
+        return drawing
 
     @property
     def _kind(self) -> ConditionerKind:

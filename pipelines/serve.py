@@ -43,6 +43,8 @@ MAX_ONGOING = 10_000  # of a deployment, in Serve's eyes: the door admits, and q
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 5.0, 15.0
 DRAIN_S = 30.0  # requests that run have so long to end when their replica is to go
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+# A hop between replicas takes 2 ms less on one event loop; nothing of ours blocks it, as engines have threads.
+_ONE_LOOP = {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
 _PARTS = {"ar": "autoregressive", "generation_decoder": "generation_decoder", "editing_decoder": "editing_decoder"}
 
 
@@ -179,7 +181,7 @@ def build_app(args: Mapping[str, Any]) -> Application:
         max_ongoing_requests=MAX_ONGOING,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
-        ray_actor_options={"num_cpus": VERSIONS_CPUS},
+        ray_actor_options={"num_cpus": VERSIONS_CPUS, "runtime_env": {"env_vars": _ONE_LOOP}},
     )(Versions).bind(
         VersionSettings(
             config.storage,
@@ -199,7 +201,7 @@ def build_app(args: Mapping[str, Any]) -> Application:
         graceful_shutdown_timeout_s=DRAIN_S,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
-        ray_actor_options={"num_cpus": INGRESS_CPUS},
+        ray_actor_options={"num_cpus": INGRESS_CPUS, "runtime_env": {"env_vars": _ONE_LOOP}},
     )(ray_serve.ingress()(Ingress))
     return ingress.bind(config.model_dump(mode="json"), versions, *parts.values())
 
@@ -231,7 +233,7 @@ def _computing(name: str, config: ServeConfig, versions: Application) -> Applica
         graceful_shutdown_timeout_s=DRAIN_S,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
-        ray_actor_options={"num_cpus": part.cpus, "num_gpus": part.gpus},
+        ray_actor_options={"num_cpus": part.cpus, "num_gpus": part.gpus, "runtime_env": {"env_vars": _ONE_LOOP}},
         **size,
     )
     return deployment(ReplyReplica if name == "ar" else DrawReplica).bind(settings, versions)
