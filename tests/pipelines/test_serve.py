@@ -24,6 +24,7 @@ import psutil
 import pytest
 import yaml
 from PIL import Image
+from ray import serve as ray_serve
 from served_versions import add_version, cut_short, move_alias, with_editing_decoder
 from servers import free_port
 
@@ -147,6 +148,55 @@ def test_pictures_and_answers_equal_those_of_the_commands(url: str, folders: tup
     for call, prompt in zip(said, prompts, strict=True):
         answer = call.result().json()["choices"][0]["message"]["content"]
         assert answer.strip() == describe(model, [image], [f"Is it {prompt}?"], max_new_tokens=8)[0]
+
+
+def mixture(url: str, number: int) -> str | bytes:
+    """What one of some unlike requests is answered with: a text, or the bytes of a picture."""
+    kind, image = number % 3, noise(number % 5)
+    if kind == 0:
+        return picture_of(post(url, prompt=f"thing {number}", seed=number, steps=1 + number % 4)).tobytes()
+    if kind == 1:
+        return picture_of(edit(url, f"thing {number}", image, seed=number, steps=1 + number % 4)).tobytes()
+    answer = ask(url, f"Is it {number}?", image, max_tokens=6 + number % 5, temperature=number % 2, seed=number)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["choices"][0]["message"]["content"])
+
+
+def mean_batch(url: str, before: dict[str, float] | None = None) -> dict[str, float]:
+    """Rows and steps of each deployment so far; or since `before`, the mean rows of a step."""
+    totals: Counter[str] = Counter()
+    for line in httpx.get(f"{url}/metrics").text.splitlines():
+        for what in ("batch_rows", "steps"):
+            if line.startswith(f"nexusgen_engine_{what}_total{{"):
+                deployment = line.partition('deployment="')[2].partition('"')[0]
+                totals[f"{deployment} {what}"] += float(line.rpartition(" ")[2])
+    if before is None:
+        return dict(totals)
+    since = {name: total - before.get(name, 0) for name, total in totals.items()}
+    parts = {name.partition(" ")[0] for name in since}
+    return {part: since[f"{part} batch_rows"] / since[f"{part} steps"] for part in parts if since[f"{part} steps"]}
+
+
+def assert_same_in_company(url: str, count: int, tolerance: int) -> None:
+    """Answers alone and in the company of all others; pixels may differ by so much, texts not at all."""
+    alone = [mixture(url, number) for number in range(count)]
+    order = random.Random(0).sample(range(count), count)
+    before = mean_batch(url)
+    with ThreadPoolExecutor(16) as pool:
+        together = dict(zip(order, pool.map(lambda number: mixture(url, number), order), strict=True))
+    batches = mean_batch(url, before)
+    assert batches["ar"] > 1.5, batches
+    for number, expected in enumerate(alone):
+        found = together[number]
+        if isinstance(expected, str) or isinstance(found, str):
+            assert found == expected
+        else:
+            ours, theirs = (np.frombuffer(pixels, np.uint8).astype(int) for pixels in (found, expected))
+            assert np.abs(ours - theirs).max() <= tolerance
+
+
+def test_a_hundred_answers_in_random_company_are_those_alone(url: str) -> None:
+    assert_same_in_company(url, 100, 1)
 
 
 def test_health_and_models_name_what_is_loaded(url: str, folders: tuple[Path, Path]) -> None:
@@ -290,3 +340,13 @@ def test_the_written_configuration_is_the_application(config: ServeConfig, tmp_p
     assert application.import_path == "pipelines.serve:build_app"
     assert ServeConfig.model_validate(application.args) == config
     assert serve.build_app(application.args) is not None
+
+
+def test_deterministic_answers_have_the_same_bits_in_any_company(url: str, config: ServeConfig) -> None:
+    """The application is deployed anew on the same door."""
+    ray_serve.run(
+        serve.build_app(config.model_copy(update={"deterministic": True}).model_dump(mode="json")),
+        name=serve.APP_NAME,
+        route_prefix="/",
+    )
+    assert_same_in_company(url, 30, 0)
