@@ -434,6 +434,7 @@ def test_health_is_ready_only_when_the_model_answers(caller: Caller, backend: Pa
         "model": "nexusgen",
         "version": "3",
         "fingerprint": INFO.fingerprint,
+        "refused": "",
     }
     backend.error = orders.UnavailableError("loading")
     response = caller("GET", "/health")
