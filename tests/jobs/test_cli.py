@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_training import make_tiny_model
@@ -170,6 +171,15 @@ def test_unwritable_picture_is_refused_before_the_model_is_looked_for(nexusgen: 
 
 def test_unknown_picture_format_is_2(nexusgen: Run, tmp_path: Path) -> None:
     assert ".png" in refused(nexusgen("generate", "a star", "-o", tmp_path / "x.doc"))
+
+
+def test_serve_writes_the_application_for_other_tools(tmp_path: Path) -> None:
+    arguments = ("serve", DEMO_CONFIGS / "serve.yaml", "port=8123", "ar={replicas: [1, 3]}", "--write-serve-config")
+    written = yaml.safe_load(nexusgen(*arguments).stdout)
+    assert written["http_options"]["port"] == 8123
+    (application,) = written["applications"]
+    assert application["import_path"] == "pipelines.serve:build_app"
+    assert application["args"]["ar"]["replicas"] == [1, 3]
 
 
 def test_folder_that_is_no_model(nexusgen: Run, tmp_path: Path) -> None:

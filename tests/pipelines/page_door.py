@@ -1,38 +1,27 @@
-"""What the page's tests talk to: a backend that paints what it is told, and a plain door in front of it.
+"""What the page's tests talk to: the real app in front of a backend that paints what it is told.
 
 The backend is deterministic, and prompts steer it: `held` waits after the first event until it is released, `busy` is
-refused once, `breaks` ends in the middle. The door speaks just as much of the API as the page needs.
+refused once, `breaks` ends in the middle.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import dataclasses
 import io
-import json
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
-from email import message_from_bytes, policy
-from pathlib import Path
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi import FastAPI
 from PIL import Image, ImageDraw, ImageOps
 from servers import free_port
 
 from nexusgen.images import encode_picture
-from nexusgen.schema import IMAGE_MARK, Message
 from pipelines import orders
 
-PAGE = Path(orders.__file__).parent / "page"
-POLICY = (
-    "default-src 'self'; img-src 'self' data: blob:; style-src 'self'; script-src 'self'; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 INFO = orders.ModelInfo("nexusgen", "3", "0123456789abcdef", ("ar",), (96, 96), steps=8, loaded_at=1)
 INKS = ("#c23b30", "#2f6fb3", "#3f8f4f", "#e0a52c", "#7a4fa3")
 POLL_S = 0.02
@@ -101,59 +90,6 @@ class PaintBackend:
         return orders.Drawing(png, INFO, settings.seed, steps, (picture.height, picture.width), guidance)
 
 
-def plain_door(backend: PaintBackend, keys: Sequence[str] = ()) -> FastAPI:
-    """The part of the API that the page uses, without the checks of the real one."""
-    app = FastAPI(docs_url=None, redoc_url=None)
-    headers = {"content-security-policy": POLICY, "x-content-type-options": "nosniff", "cache-control": "no-cache"}
-
-    @app.get("/")
-    async def index() -> Response:
-        return await page_file("index.html")
-
-    @app.get("/page/{name}")
-    async def page_file(name: str) -> Response:
-        if not (PAGE / name).is_file():
-            return _error(404, "There is no such file.", "not_found")
-        return FileResponse(PAGE / name, headers=headers)
-
-    @app.middleware("http")
-    async def check_key(request: Request, go_on: Any) -> Response:
-        authorised = request.headers.get("authorization", "").removeprefix("Bearer ") in keys
-        if keys and request.url.path.startswith("/v1/") and not authorised:
-            return _error(401, "No valid API key was sent.", "invalid_api_key")
-        return await go_on(request)
-
-    @app.get("/v1/models")
-    async def models() -> Any:
-        infos = await backend.models()
-        data = [{"id": info.id, "version": info.version, "fingerprint": info.fingerprint} for info in infos]
-        return {"object": "list", "data": data}
-
-    @app.post("/v1/images/generations")
-    async def generate(request: Request) -> Response:
-        return await _answer(_picture_events(backend.draw(_picture_order(await request.json())), "image_generation"))
-
-    @app.post("/v1/images/edits")
-    async def edit(request: Request) -> Response:
-        head = f"Content-Type: {request.headers['content-type']}\n\n".encode()
-        parts = message_from_bytes(head + await request.body(), policy=policy.HTTP).iter_parts()
-        fields: dict[str, Any] = {}
-        images = []
-        for part in parts:
-            name, value = part.get_param("name", header="content-disposition"), part.get_payload(decode=True)
-            if name == "image[]":
-                images.append(value)
-            else:
-                fields[str(name)] = value.decode()
-        return await _answer(_picture_events(backend.draw(_picture_order(fields, tuple(images))), "image_edit"))
-
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        return await _answer(_chat_events(backend.chat(_chat_order(await request.json()))))
-
-    return app
-
-
 @contextmanager
 def served(app: FastAPI) -> Iterator[str]:
     """The app on a port of this machine, in a thread; gives its address."""
@@ -170,99 +106,6 @@ def served(app: FastAPI) -> Iterator[str]:
     finally:
         server.should_exit = server.force_exit = True
         thread.join()
-
-
-def _picture_settings(body: dict[str, Any]) -> orders.PictureSettings:
-    size = body.get("size", "auto")
-    width, height = (None, None) if size == "auto" else map(int, size.split("x"))
-    guidance = body.get("guidance_scale")
-    return orders.PictureSettings(
-        seed=int(body.get("seed", 1)),
-        steps=int(body["steps"]) if "steps" in body else None,
-        size=None if width is None else (height, width),
-        guidance=None if guidance is None else float(guidance),
-    )
-
-
-def _picture_order(body: dict[str, Any], images: tuple[bytes, ...] = ()) -> orders.PictureOrder:
-    assert str(body["stream"]).lower() == "true"
-    assert int(body["n"]) == 1
-    return orders.PictureOrder(
-        body["prompt"], _picture_settings(body), images, int(body["partial_images"]), body.get("model")
-    )
-
-
-def _chat_order(body: dict[str, Any]) -> orders.ChatOrder:
-    assert body["stream"] is True
-    messages, images = [], []
-    for message in body["messages"]:
-        parts = message["content"]
-        parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
-        texts = [part["text"] if part["type"] == "text" else IMAGE_MARK for part in parts]
-        urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
-        images += [base64.b64decode(url.partition(";base64,")[2]) for url in urls]
-        drawn = [IMAGE_MARK for image in message.get("images", []) if image["type"] == "image_url"]
-        messages.append(Message(message["role"], "".join(texts + drawn)))
-    modality = {"text": "text", "image": "image", "text,image": "auto"}[",".join(body["modalities"])]
-    return orders.ChatOrder(
-        tuple(messages),
-        tuple(images),
-        _picture_settings(body),
-        modality,  # type: ignore[arg-type]
-        max_tokens=body.get("max_tokens"),
-        temperature=body.get("temperature", 0.0),
-        model=body.get("model"),
-    )
-
-
-async def _answer(events: AsyncIterator[dict[str, Any]]) -> Response:
-    """The events as a stream, or an error answer if there isn't even a first one."""
-    try:
-        first = await anext(events)
-    except orders.OverloadedError as error:
-        return _error(429, str(error), "overloaded", {"Retry-After": str(error.retry_after_s)})
-    except orders.UnavailableError as error:
-        return _error(503, str(error), "unavailable")
-
-    async def lines() -> AsyncIterator[str]:
-        yield f"data: {json.dumps(first)}\n\n"
-        try:
-            async for event in events:
-                yield f"data: {json.dumps(event)}\n\n"
-        except orders.UnavailableError as error:
-            yield f"data: {json.dumps({'error': {'message': str(error), 'code': 'unavailable'}})}\n\n"
-        yield "data: [DONE]\n\n"
-
-    return StreamingResponse(lines(), media_type="text/event-stream")
-
-
-async def _picture_events(events: AsyncIterator[orders.PictureEvent], kind: str) -> AsyncIterator[dict[str, Any]]:
-    async for event in events:
-        if isinstance(event, orders.PartialPicture):
-            b64 = base64.b64encode(event.png).decode()
-            yield {"type": f"{kind}.partial_image", "b64_json": b64, "partial_image_index": event.number}
-        elif isinstance(event, orders.Drawing):
-            yield {"type": f"{kind}.completed", "b64_json": base64.b64encode(event.png).decode()}
-
-
-async def _chat_events(events: AsyncIterator[orders.ChatEvent]) -> AsyncIterator[dict[str, Any]]:
-    yield {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]}
-    num_pictures = 0
-    async for event in events:
-        delta: dict[str, Any] = {}
-        if isinstance(event, orders.Text):
-            delta = {"content": event.text}
-        elif isinstance(event, orders.Drawing):
-            url = "data:image/png;base64," + base64.b64encode(event.png).decode()
-            delta = {"images": [{"index": num_pictures, "type": "image_url", "image_url": {"url": url}}]}
-            num_pictures += 1
-        reason = event.reason if isinstance(event, orders.Finished) else None
-        yield {"choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
-
-
-def _error(status: int, message: str, code: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    error = {"message": message, "type": "error", "param": None, "code": code}
-    return JSONResponse({"error": error}, status_code=status, headers=headers)
 
 
 def painted(settings: orders.PictureSettings) -> Image.Image:

@@ -18,9 +18,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 from page_browser import chromium  # noqa: E402
-from page_door import PaintBackend, plain_door, served  # noqa: E402
+from page_door import PaintBackend, served  # noqa: E402
 from PIL import Image  # noqa: E402
 from playwright.sync_api import Browser, Page, expect  # noqa: E402
+
+from pipelines.api import create_app  # noqa: E402
 
 DESKTOP = {"viewport": {"width": 1200, "height": 900}}
 PHONE = {"viewport": {"width": 360, "height": 740}, "device_scale_factor": 2, "has_touch": True, "is_mobile": True}
@@ -36,7 +38,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        url = arguments.url or stack.enter_context(served(plain_door(PaintBackend())))
+        url = arguments.url or stack.enter_context(served(create_app(PaintBackend())))
         browser = stack.enter_context(chromium())
         _save(_generated(browser, url, {**DESKTOP, "color_scheme": "light"}), arguments.out / "desktop.png")
         _save(_chatted(browser, url, {**DESKTOP, "color_scheme": "dark"}), arguments.out / "dark.png")

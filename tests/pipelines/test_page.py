@@ -22,12 +22,14 @@ if importlib.util.find_spec("playwright") is None:
     pytest.skip("playwright isn't installed: pip install -c constraints.txt -e '.[dev]'", allow_module_level=True)
 
 from page_browser import chromium
-from page_door import INFO, PAGE, PaintBackend, painted, plain_door, served
+from page_door import INFO, PaintBackend, painted, served
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect
 
 from nexusgen.schema import Message
 from pipelines import orders
+from pipelines.api import create_app
+from pipelines.api_settings import PAGE_FOLDER, ApiSettings
 
 KEY = "a-key-of-the-test"
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True, "device_scale_factor": 2}
@@ -88,7 +90,7 @@ def open_page(browser: Browser) -> Iterator[Open]:
 
         def open_page(keys: tuple[str, ...] = (), models: Sequence[str] = ("nexusgen",), **options: Any) -> Visit:
             backend = PaintBackend(models)
-            url = stack.enter_context(served(plain_door(backend, keys)))  # or api.create_app, with these keys
+            url = stack.enter_context(served(create_app(backend, ApiSettings(api_keys=keys))))
             context: BrowserContext = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
             stack.callback(context.close)
             context.set_default_timeout(WAIT_MS)
@@ -204,11 +206,11 @@ def test_policy_stops_what_a_script_that_got_in_would_do(open_page: Open) -> Non
 
 
 def test_files_hold_nothing_inline_and_name_no_other_host() -> None:
-    html = (PAGE / "index.html").read_text()
+    html = (PAGE_FOLDER / "index.html").read_text()
     assert not re.search(r"<style|\son\w+=|\sstyle=|javascript:", html)
     assert re.findall(r"<script[^>]*>(.*?)</script>", html, re.DOTALL) == [""]
     for name in ("index.html", "page.css", "page.js"):
-        assert not re.search(r"(https?:)?//\w+[.:]\w", (PAGE / name).read_text()), name
+        assert not re.search(r"(https?:)?//\w+[.:]\w", (PAGE_FOLDER / name).read_text()), name
 
 
 def test_model_and_version_are_shown(visit: Visit) -> None:

@@ -342,11 +342,62 @@ def test_the_written_configuration_is_the_application(config: ServeConfig, tmp_p
     assert serve.build_app(application.args) is not None
 
 
+def deploy_anew(config: ServeConfig, **values: Any) -> None:
+    """The application with other settings, on the same door."""
+    changed = config.model_copy(update=values).model_dump(mode="json")
+    ray_serve.run(serve.build_app(changed), name=serve.APP_NAME, route_prefix="/")
+
+
 def test_deterministic_answers_have_the_same_bits_in_any_company(url: str, config: ServeConfig) -> None:
-    """The application is deployed anew on the same door."""
-    ray_serve.run(
-        serve.build_app(config.model_copy(update={"deterministic": True}).model_dump(mode="json")),
-        name=serve.APP_NAME,
-        route_prefix="/",
-    )
+    deploy_anew(config, deterministic=True)
     assert_same_in_company(url, 30, 0)
+
+
+def test_a_canary_takes_its_share_and_versions_have_names(
+    url: str, config: ServeConfig, folders: tuple[Path, Path]
+) -> None:
+    first, second = (read_manifest(folder).fingerprint for folder in folders)
+    move_alias(config.storage, "1")
+    deploy_anew(config, canary="models:/nexusgen/2", canary_share=0.4, also=("models:/nexusgen/1",))
+    assert [(one["id"], one["version"]) for one in httpx.get(f"{url}/v1/models").json()["data"]] == [
+        ("nexusgen", "1"), ("nexusgen/2", "2"), ("nexusgen/1", "1"),
+    ]  # fmt: skip
+
+    def made_by(model: str | None, count: int) -> Counter[str]:
+        named = {} if model is None else {"model": model}
+        responses = [post(url, prompt="a circle", steps=1, seed=seed, **named) for seed in range(count)]
+        return Counter(response.json()["fingerprint"] for response in responses)
+
+    shared = made_by(None, 60)
+    assert set(shared) == {first, second}
+    assert 8 <= shared[second] <= 42  # 24 are expected, with a standard deviation of 3.8
+    assert made_by("nexusgen/2", 6) == {second: 6}
+    assert made_by("nexusgen/1", 6) == {first: 6}
+    unknown = post(url, prompt="a circle", model="nexusgen/9")
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_a_swap_in_place_makes_requests_wait_and_fails_none(
+    url: str, config: ServeConfig, folders: tuple[Path, Path]
+) -> None:
+    """For want of memory the old version goes before the new one comes."""
+    second = read_manifest(folders[1]).fingerprint
+    move_alias(config.storage, "1")
+    deploy_anew(config, swap="in_place")
+    statuses: Counter[int] = Counter()
+    is_over = threading.Event()
+
+    def keep_asking() -> None:
+        while not is_over.is_set():
+            statuses[post(url, prompt="a circle", steps=2).status_code] += 1
+
+    with ThreadPoolExecutor(3) as pool:
+        clients = [pool.submit(keep_asking) for _ in range(3)]
+        try:
+            move_alias(config.storage, "2")
+            wait_until(lambda: httpx.get(f"{url}/health").json().get("fingerprint") == second)
+        finally:
+            is_over.set()
+        for client in clients:
+            client.result()
+    assert set(statuses) == {200}
