@@ -131,7 +131,10 @@ async def hang_up(url: str, count: int, fire: Fire) -> None:
         async with httpx.AsyncClient(base_url=url, timeout=PATIENCE_S) as client:
             try:
                 async with client.stream("POST", f"/v1/{path}", json=body) as response:
-                    fire.statuses["hung up" if response.status_code == 200 else str(response.status_code)] += 1
+                    if response.status_code != 200:
+                        fire.count(str(response.status_code), (await response.aread()).decode())
+                        return
+                    fire.statuses["hung up"] += 1
                     async for _ in response.aiter_bytes():
                         return
             except httpx.HTTPError as error:
@@ -151,9 +154,11 @@ async def disturb(
 ) -> None:
     """Everything that may go wrong, one thing after another."""
     url = config.url
+    expected = {name: len(of_name) for name, of_name in replicas().items()}
 
     async def is_back() -> bool:
-        return bool(await health(url)) and all(replicas().get(name) for name in COMPUTING)
+        found = {name: len(of_name) for name, of_name in replicas().items()}
+        return bool(await health(url)) and all(found.get(name, 0) >= count for name, count in expected.items())
 
     for name in COMPUTING[: 1 if quick else 3]:
         victim = rng.choice(replicas()[name])

@@ -58,6 +58,7 @@ class ModelCard(BaseModel):
     parts: list[str]
     size: str
     steps: int
+    refused: str  # the version that was to take its place, and why it can't
 
 
 class ModelList(BaseModel):
@@ -68,7 +69,8 @@ class ModelList(BaseModel):
 
 
 class Healthy(BaseModel):
-    """A model can answer: the default one. `refused`: the version that was to take its place, and why it can't."""
+    """A model can answer: the default one. `refused`: the version that was to take its place, and can't; `/v1/models`
+    tells why not, to those with a key."""
 
     status: Literal["ok"] = "ok"
     model: str
@@ -154,7 +156,12 @@ def _add_model_routes(router: APIRouter, backend: Backend) -> None:
             unhealthy = Unhealthy(reason=str(error))
             return JSONResponse(unhealthy.model_dump(), 503, {"Retry-After": "1"})  # type: ignore[return-value]
         first = loaded[0]
-        return Healthy(model=first.id, version=first.version, fingerprint=first.fingerprint, refused=first.refused)
+        return Healthy(
+            model=first.id,
+            version=first.version,
+            fingerprint=first.fingerprint,
+            refused=first.refused.partition(": ")[0],
+        )
 
 
 async def _loaded(backend: Backend) -> list[ModelInfo]:
@@ -180,6 +187,7 @@ def _card(info: ModelInfo) -> ModelCard:
         parts=list(info.parts),
         size=f"{info.image_size[1]}x{info.image_size[0]}",
         steps=info.steps,
+        refused=info.refused,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -104,9 +105,12 @@ def refusal_of(error: NexusgenError) -> RefusedError:
     """What a client is told of an error of the backend's; what isn't the client's fault says nothing of itself."""
     match error:
         case OverloadedError():
-            return RefusedError(
-                429, str(error), code="overloaded", headers={"Retry-After": str(max(1, error.retry_after_s))}
-            )
+            # Whole seconds for everybody; openai's clients read the milliseconds first.
+            after = {
+                "Retry-After": str(max(1, math.ceil(error.retry_after_s))),
+                "retry-after-ms": str(max(1, round(1000 * error.retry_after_s))),
+            }
+            return RefusedError(429, str(error), code="overloaded", headers=after)
         case UnavailableError():
             return RefusedError(503, str(error), code="unavailable", headers={"Retry-After": "1"})
         case UnknownModelError():

@@ -25,9 +25,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipelines.api_errors import RefusedError, broken
+from pipelines.api_errors import RefusedError, broken, refusal_of
 from pipelines.api_metrics import Metrics
 from pipelines.api_settings import BODY_TIMEOUT_S, GRACE_S, MAX_JSON_BYTES, MAX_PICTURE_BYTES, ApiSettings
+from pipelines.orders import OverloadedError, UnavailableError
 
 CHAT_PATH = "/v1/chat/completions"
 GENERATIONS_PATH = "/v1/images/generations"
@@ -196,6 +197,11 @@ class Guard:
             raise RefusedError(403, "Pages of other sites may not use this API from a browser.", code="cross_site")
         if self._keys and (path.startswith("/v1") or path == "/metrics"):
             self._check_key(headers)
+        if is_post and path in _MEDIA_TYPES and self._settings.check_room is not None:
+            try:
+                self._settings.check_room()
+            except (OverloadedError, UnavailableError) as error:
+                raise refusal_of(error) from None
         wanted = _MEDIA_TYPES.get(path)
         found = headers.get("content-type", "").partition(";")[0].strip().lower()
         if is_post and wanted is not None and found != wanted:

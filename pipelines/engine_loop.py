@@ -11,7 +11,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -36,6 +36,11 @@ class Engine(Protocol[RequestT]):
     @property
     def has_room(self) -> bool:
         """Whether another request may join now."""
+        ...
+
+    @property
+    def num_in_step(self) -> int:
+        """Requests that the next step takes further."""
         ...
 
     def join(self, request: RequestT) -> int:
@@ -73,7 +78,7 @@ class LoopStats:
     requests: int = 0
     steps: int = 0
     step_s: float = 0.0
-    batch_sum: int = 0  # requests in the engine, summed over steps
+    batch_sum: int = 0  # requests that took part, summed over steps
     queue_s: float = 0.0  # from arrival to joining, summed over requests
     first_event_s: float = 0.0  # from arrival to the first event, summed over requests that had one
     first_events: int = 0
@@ -91,6 +96,7 @@ class EngineLoop(Generic[LoopRequestT]):
         self._engine = engine
         self._waiting: deque[_Job] = deque()
         self._running: dict[int, _Job] = {}
+        self._joining: _Job | None = None
         self._abandoned: list[_Job] = []
         self._wake = threading.Condition()
         self._is_closed = False
@@ -100,8 +106,9 @@ class EngineLoop(Generic[LoopRequestT]):
 
     @property
     def num_requests(self) -> int:
-        """Requests that wait or are in the engine."""
-        return len(self._waiting) + len(self._running)
+        """Requests that wait, or are in the engine or on their way into it."""
+        with self._wake:
+            return len(self._waiting) + len(self._running) + (self._joining is not None)
 
     @property
     def num_waiting(self) -> int:
@@ -115,7 +122,7 @@ class EngineLoop(Generic[LoopRequestT]):
         began = self._step_began
         return time.monotonic() - began if began is not None else 0.0
 
-    async def events(self, request: LoopRequestT) -> AsyncIterator[Any]:
+    async def events(self, request: LoopRequestT) -> AsyncGenerator[Any, None]:
         """The contents of a request's events. Raises: what the engine raised for it; UnavailableError if closed."""
         job = _Job(request, asyncio.get_running_loop(), asyncio.Queue(), time.monotonic())
         with self._wake:
@@ -168,7 +175,8 @@ class EngineLoop(Generic[LoopRequestT]):
         self._running.clear()
 
     def _drop(self, job: _Job) -> None:
-        if job.ticket is not None and self._running.pop(job.ticket, None) is not None:
+        if job.ticket is not None and self._running.get(job.ticket) is job:
+            del self._running[job.ticket]
             self._engine.leave(job.ticket)
         else:
             with self._wake, contextlib.suppress(ValueError):
@@ -180,8 +188,9 @@ class EngineLoop(Generic[LoopRequestT]):
                 if not self._waiting:
                     return
                 job = self._waiting.popleft()
-            if job.is_abandoned:
-                continue
+                if job.is_abandoned:
+                    continue
+                self._joining = job
             self._step_began = time.monotonic()
             try:
                 job.ticket = self._engine.join(job.request)
@@ -192,10 +201,12 @@ class EngineLoop(Generic[LoopRequestT]):
                 self.stats.requests += 1
                 self.stats.queue_s += self._step_began - job.arrived
             self._step_began = None
+            with self._wake:
+                self._joining = None
 
     def _step(self) -> None:
         began = self._step_began = time.monotonic()
-        num_running = len(self._running)
+        num_in_step = self._engine.num_in_step
         try:
             events = self._engine.step()
         except Exception as error:  # nobody's fault in particular: all that were in the step are told
@@ -209,7 +220,7 @@ class EngineLoop(Generic[LoopRequestT]):
         now = time.monotonic()
         self.stats.steps += 1
         self.stats.step_s += now - began
-        self.stats.batch_sum += num_running
+        self.stats.batch_sum += num_in_step
         for event in events:
             job = self._running.get(event.ticket)
             if job is None:

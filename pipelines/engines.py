@@ -38,6 +38,14 @@ class Replied:
     usage: Usage
 
 
+@dataclass(frozen=True)
+class ReplyRequest:
+    """An order to the language model, its pictures decoded."""
+
+    order: ChatOrder | PictureOrder
+    images: tuple[Image.Image, ...]
+
+
 class ReplyWork:
     """The language model: chat orders become texts and predictions, picture orders one prediction."""
 
@@ -53,11 +61,15 @@ class ReplyWork:
     def has_room(self) -> bool:
         return self._engine.num_free > 0
 
-    def join(self, request: ChatOrder | PictureOrder) -> int:
-        images = [_decode(data, number) for number, data in enumerate(request.images)]
-        prompt, params = self._prompt(request, images)
+    @property
+    def num_in_step(self) -> int:
+        return len(self._jobs)
+
+    def join(self, request: ReplyRequest) -> int:
+        order, images = request.order, request.images
+        prompt, params = self._prompt(order, images)
         usage = Usage(len(prompt.conversation.input_ids), 0, len(prompt.input_embeddings))
-        job = _ReplyJob(request, usage, self._reference(request, images))
+        job = _ReplyJob(order, usage, self._reference(order, images))
         ticket = self._engine.join(prompt, params)
         self._jobs[ticket] = job
         return ticket
@@ -172,6 +184,10 @@ class DrawWork:
 
     has_room = True  # the engine has its own order of what waits: pictures of all sizes take turns
 
+    @property
+    def num_in_step(self) -> int:
+        return len(self._engine.next_tickets)
+
     def join(self, request: DrawRequest) -> int:
         import torch
 
@@ -205,10 +221,14 @@ class DrawWork:
         return lost
 
 
-def _decode(data: bytes, number: int) -> Image.Image:
+def decode_order(order: ChatOrder | PictureOrder) -> ReplyRequest:
+    """An order with its pictures decoded. Raises: InputError for one that can't be used."""
     from nexusgen.images import decode_image
 
-    try:
-        return decode_image(data)
-    except SampleError as error:
-        raise InputError(f"image {number + 1} can't be used: {error.reason}") from None
+    images = []
+    for number, data in enumerate(order.images, start=1):
+        try:
+            images.append(decode_image(data))
+        except SampleError as error:
+            raise InputError(f"image {number} can't be used: {error.reason}") from None
+    return ReplyRequest(order, tuple(images))

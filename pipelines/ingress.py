@@ -12,13 +12,13 @@ import logging
 import math
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from pipelines.engines import DrawRequest, Predicted, Replied
@@ -41,7 +41,6 @@ from pipelines.versions import Served
 REFRESH_S = 1.0  # how old what is known of the versions may be
 ASK_TIMEOUT_S = 5.0
 RETRY_S = 0.2  # between two looks for a version that is being swapped
-MAX_RETRY_S = 60.0
 logger = logging.getLogger("nexusgen.serve")
 REFUSED_S = 1.0
 RECENT = 64  # orders from whose rate of completion the waiting time is told
@@ -52,19 +51,29 @@ class Admission:
 
     def __init__(self, limit: int) -> None:
         self.num_inside = 0
+        self.is_closed = False  # the server is about to end
         self._limit = limit
         self._ends: deque[float] = deque(maxlen=RECENT)
         self._refusals: deque[float] = deque()
 
+    def check(self) -> None:
+        """Raises: OverloadedError if there is no room, UnavailableError if the door is closed."""
+        if self.is_closed:
+            raise UnavailableError("The server is about to end; try another one.")
+        if self.num_inside >= self._limit:
+            now = time.monotonic()
+            self._refusals.append(now)
+            raise OverloadedError(
+                f"{self.num_inside} requests are waiting or being worked on, which is the limit; try again shortly",
+                self._retry_after_s(now),
+            )
+
     @contextlib.contextmanager
     def admitted(self) -> Iterator[None]:
         """Count an order while the body runs. Raises: OverloadedError."""
-        if self.num_inside >= self._limit:
-            self._refusals.append(time.monotonic())
-            raise OverloadedError(
-                f"{self.num_inside} requests are waiting or being worked on, which is the limit; try again shortly",
-                self.retry_after_s(time.monotonic()),
-            )
+        self.check()
+        if not self.num_inside:
+            self._ends.clear()  # idle time says nothing of speed
         self.num_inside += 1
         try:
             yield
@@ -72,15 +81,17 @@ class Admission:
             self.num_inside -= 1
             self._ends.append(time.monotonic())
 
-    def retry_after_s(self, now: float) -> int:
-        """After so many whole seconds, at the rate of the last orders, there will have been room for half of those
-        inside and for all that were refused in the last `REFUSED_S`: they will come again, too."""
+    def _retry_after_s(self, now: float) -> float:
+        """After so many seconds, at the rate of the last orders, there will have been room for half of those inside and
+        for all that were refused in the last `REFUSED_S`, who come again, too; a little more or less, lest all of them
+        come at once."""
         while self._refusals and now - self._refusals[0] > REFUSED_S:
             self._refusals.popleft()
         if len(self._ends) < 2:
-            return 1
+            return 1.0
         rate = len(self._ends) / max(now - self._ends[0], 1e-3)
-        return min(60, max(1, math.ceil((self.num_inside / 2 + len(self._refusals)) / rate)))
+        seconds = (self.num_inside / 2 + len(self._refusals)) / rate
+        return min(60.0, max(0.2, seconds * random.uniform(0.75, 1.25)))
 
 
 class HandleBackend:
@@ -92,28 +103,39 @@ class HandleBackend:
         ar: DeploymentHandle[Any],
         decoders: dict[str, DeploymentHandle[Any]],
         max_inside: int,
+        patience_s: float,
     ) -> None:
-        """`decoders` by part: generation_decoder and editing_decoder."""
+        """`decoders` by part: generation_decoder and editing_decoder. So long a request waits for a version that is
+        being swapped in place."""
+        self._patience_s = patience_s
         self.admission = Admission(max_inside)
         self._versions, self._ar, self._decoders = versions, ar, decoders
         self._served: Served | None = None
         self._served_at = -math.inf
         self._refreshing: asyncio.Task[None] | None = None
         self._random = random.Random()  # who gets the canary
+        self._uses: Counter[str] = Counter()  # requests inside, by the version that they began with
 
     async def models(self) -> list[ModelInfo]:
-        """What is served, the default first. Raises: UnavailableError."""
-        return [held.info for held in (await self._look()).models]
+        """What is served, the default first, if replicas of the language model and of a decoder reply.
 
-    async def ready(self) -> list[ModelInfo]:
-        """What is served, if replicas of the language model and of a decoder reply. Raises: UnavailableError."""
-        models = await self.models()
+        Raises: UnavailableError.
+        """
+        served = await self._look()
         try:
             async with asyncio.timeout(ASK_TIMEOUT_S):
                 await asyncio.gather(self._ar.stats.remote(), self._decoders["generation_decoder"].stats.remote())
-        except (TimeoutError, RayActorError, RayTaskError, BackPressureError, DeploymentUnavailableError):
+        except (TimeoutError, RayError, RayServeException):
             raise UnavailableError("The model's replicas do not reply; try again shortly.") from None
-        return models
+        return [held.info for held in served.models]
+
+    async def drain(self, patience_s: float) -> int:
+        """Let nobody in any more, and wait for those inside; gives how many are still there in the end."""
+        self.admission.is_closed = True
+        deadline = time.monotonic() + patience_s
+        while self.admission.num_inside and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        return self.admission.num_inside
 
     async def metrics(self) -> str:
         """What all replicas have done, for Prometheus; of those that don't reply, nothing."""
@@ -122,7 +144,7 @@ class HandleBackend:
         return replica_metrics(self.admission.num_inside, dict(zip(handles, answers, strict=True)))
 
     async def _stats(self, handle: DeploymentHandle[Any]) -> list[dict[str, Any]]:
-        with contextlib.suppress(TimeoutError, RayActorError, BackPressureError, DeploymentUnavailableError):
+        with contextlib.suppress(TimeoutError, RayError, RayServeException):
             async with asyncio.timeout(ASK_TIMEOUT_S):
                 answers = await handle.broadcast("stats").results_async(return_exceptions=True)
                 return [answer for answer in answers if not isinstance(answer, BaseException)]
@@ -146,20 +168,35 @@ class HandleBackend:
         self, order: Any, answer: Callable[[Any, Held], AsyncGenerator[Any, None]]
     ) -> AsyncGenerator[Any, None]:
         """An answer by whichever version is served; begun anew, before its first event, if that is being swapped."""
-        give_up = time.monotonic() + MAX_RETRY_S
+        give_up = math.inf
         while True:
             has_begun = False
+            held = await self._pick(order.model)
             try:
-                async with contextlib.aclosing(answer(order, await self._pick(order.model))) as events:
-                    async for event in events:
-                        has_begun = True
-                        yield event
+                with self._using(held.info.fingerprint):
+                    async with contextlib.aclosing(answer(order, held)) as events:
+                        async for event in events:
+                            has_begun = True
+                            yield event
                 return
             except NotHeldError as error:
+                give_up = min(give_up, time.monotonic() + self._patience_s)
                 if has_begun or time.monotonic() > give_up:
                     raise UnavailableError("The version of the model was taken down meanwhile; try again.") from error
                 await asyncio.sleep(RETRY_S)
                 await self._look(anew=True)
+
+    @contextlib.contextmanager
+    def _using(self, fingerprint: str) -> Iterator[None]:
+        self._uses[fingerprint] += 1
+        try:
+            yield
+        finally:
+            self._uses[fingerprint] -= 1
+
+    def in_use(self) -> set[str]:
+        """Fingerprints of the versions that requests inside began with."""
+        return {fingerprint for fingerprint, count in self._uses.items() if count}
 
     async def _draw(self, order: PictureOrder, held: Held) -> AsyncGenerator[PictureEvent, None]:
         part = "editing_decoder" if order.images else "generation_decoder"
@@ -205,9 +242,10 @@ class HandleBackend:
 
     async def _look(self, *, anew: bool = False) -> Served:
         """What is served, at most a little old unless it is wanted anew. Raises: UnavailableError."""
-        if self._served is None or anew:
+        age_s = time.monotonic() - self._served_at
+        if self._served is None or anew or age_s > 5 * REFRESH_S:
             await self._refresh()
-        elif time.monotonic() - self._served_at > REFRESH_S and (self._refreshing is None or self._refreshing.done()):
+        elif age_s > REFRESH_S and (self._refreshing is None or self._refreshing.done()):
             self._refreshing = asyncio.create_task(self._refresh())  # requests don't wait for it
         if self._served is None:
             raise UnavailableError("The model is not loaded yet; try again shortly.")
@@ -217,7 +255,7 @@ class HandleBackend:
         try:
             async with asyncio.timeout(ASK_TIMEOUT_S):
                 self._served = await self._versions.served.remote()
-        except (TimeoutError, RayActorError, RayTaskError, BackPressureError, DeploymentUnavailableError) as error:
+        except (TimeoutError, RayError, RayServeException) as error:
             logger.warning("what is served isn't known anew: %s: %s", type(error).__name__, error)
         self._served_at = time.monotonic()
 
@@ -257,5 +295,5 @@ def _serves_errors() -> Iterator[None]:
         yield
     except RayTaskError as error:
         raise error.cause from None
-    except (BackPressureError, RayActorError, DeploymentUnavailableError):
+    except (RayError, RayServeException):
         raise UnavailableError("The model's replica is gone or not up yet; try again shortly.") from None

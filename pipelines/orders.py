@@ -23,7 +23,7 @@ class UnavailableError(NexusgenError):
 class OverloadedError(NexusgenError):
     """The queue is full; the client should come back after `retry_after_s` seconds."""
 
-    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message, retry_after_s)
         self.retry_after_s = retry_after_s
 

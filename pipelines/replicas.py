@@ -12,20 +12,21 @@ version they are for.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nexusgen.errors import ModelError, NexusgenError, ResourceError
+from nexusgen.errors import InputError, ModelError, NexusgenError, ResourceError
 from nexusgen.model.manifest import Manifest, read_manifest
 from pipelines import registry
 from pipelines.engine_loop import EngineLoop
-from pipelines.engines import DrawRequest, DrawWork, Predicted, Replied, ReplyWork
+from pipelines.engines import DrawRequest, DrawWork, Predicted, Replied, ReplyWork, decode_order
 from pipelines.orders import (
     ChatOrder,
     Drawing,
@@ -84,14 +85,17 @@ class Replica:
         self._held: dict[str, Held] = {}
         self._manifests: dict[str, Manifest] = {}
         self._leaving: set[str] = set()
+        self._past: list[dict[str, Any]] = []  # what loops did that are gone: counts never fall
         self._lock = asyncio.Lock()
 
     async def start(self, versions: Any) -> None:
         """Hold what is served now, before this replica takes requests. Raises: ModelError if that can't be."""
-        wanted = await versions.wanted.remote()
-        for pinned, reason in (await self.hold(wanted)).items():
-            if reason:
-                raise ModelError(f"{pinned}: {reason}")
+        wanted: list[Held] = []
+        while (found := await versions.wanted.remote()) != wanted:  # a swap may end while this loads
+            wanted = found
+            for pinned, reason in (await self.hold(wanted)).items():
+                if reason:
+                    raise ModelError(f"{pinned}: {reason}")
 
     async def hold(self, wanted: Sequence[Held], drop_first: bool = False) -> dict[str, str]:
         """Hold these versions and no others. Gives by pinned name why one can't be held, or an empty text.
@@ -103,8 +107,13 @@ class Replica:
             if drop_first:
                 await self._drop([fingerprint for fingerprint in self._loops if fingerprint not in names])
             reasons = {held.pinned: await self._try_to_load(held) for held in wanted}
-            await self._drop([fingerprint for fingerprint in self._loops if fingerprint not in names])
+            if not any(reasons.values()):  # or something that answers would go for something that can't
+                await self._drop([fingerprint for fingerprint in self._loops if fingerprint not in names])
             return reasons
+
+    async def held(self) -> list[Held]:
+        """The versions that this replica holds."""
+        return list(self._held.values())
 
     async def stats(self) -> dict[str, Any]:
         """What the loops have done, summed over versions, and what is going on."""
@@ -114,7 +123,7 @@ class Replica:
             "pid": os.getpid(),
             "waiting": sum(loop.num_waiting for loop in loops),
             "requests": sum(loop.num_requests for loop in loops),
-            "loops": [asdict(loop.stats) for loop in loops],
+            "loops": [*self._past, *(asdict(loop.stats) for loop in loops)],
             "fingerprints": sorted(self._loops),
         }
 
@@ -137,6 +146,7 @@ class Replica:
         fingerprint = held.info.fingerprint
         self._leaving.discard(fingerprint)
         if fingerprint in self._loops:
+            self._held[fingerprint] = held  # it may have another name by now
             return ""
         began = time.monotonic()
         loop: EngineLoop[Any] | None = None
@@ -144,10 +154,14 @@ class Replica:
             model = await asyncio.to_thread(self._load, held)
             if model is not None:
                 loop = EngineLoop(self._work(model), f"{self._settings.part}-{fingerprint[:8]}")
-                await self._try_out(loop, model)
+                async with asyncio.timeout(WEDGED_S):
+                    await self._try_out(loop, model)
         except Exception as error:  # whatever is wrong with it: the others go on
             if loop is not None:
                 loop.close()
+            self._manifests.pop(fingerprint, None)
+            loop = model = None
+            await asyncio.to_thread(_give_back_memory, "cuda" if self._settings.on_gpu else "cpu")
             logger.warning("%s can't be served by %s: %s", held.pinned, self._settings.part, error)
             return str(error) or type(error).__name__
         self._loops[fingerprint], self._held[fingerprint] = loop, held
@@ -168,6 +182,8 @@ class Replica:
             raise ModelError(f"{folder} is {manifest.fingerprint}, but was {held.info.fingerprint} when it was chosen")
         self._manifests[manifest.fingerprint] = manifest
         if settings.part not in manifest.parts:
+            if settings.part != "editing_decoder":
+                raise ModelError(f"{held.pinned} has no {settings.part}; it holds {', '.join(manifest.parts)}")
             return None
         parts = [settings.part] if settings.part == "autoregressive" else [settings.part, "vae"]
         device, dtype = ("cuda", torch.bfloat16) if settings.on_gpu else ("cpu", torch.float32)
@@ -197,6 +213,7 @@ class Replica:
             if loop is not None:
                 loop.close()
                 await asyncio.to_thread(loop.join_thread)
+                self._past.append(asdict(loop.stats))
             del self._loops[fingerprint], self._held[fingerprint], self._manifests[fingerprint]
             self._leaving.discard(fingerprint)
             del loop
@@ -212,21 +229,26 @@ class ReplyReplica(Replica):
 
     async def reply(
         self, fingerprint: str, order: ChatOrder | PictureOrder
-    ) -> AsyncIterator[Text | Predicted | Replied]:
+    ) -> AsyncGenerator[Text | Predicted | Replied, None]:
         """What the language model says to an order, piece by piece. Raises: NotHeldError, InputError."""
         loop = self._loop_of(fingerprint)
-        async for event in loop.events(order):
-            if isinstance(event, Replied):
-                loop.stats.add_units("tokens", event.usage.completion_tokens)
-                loop.stats.add_units("prompt_tokens", event.usage.prompt_tokens)
-            yield event
+        request = await asyncio.to_thread(decode_order, order)
+        async with contextlib.aclosing(loop.events(request)) as events:
+            async for event in events:
+                if isinstance(event, Replied):
+                    loop.stats.add_units("tokens", event.usage.completion_tokens)
+                    loop.stats.add_units("prompt_tokens", event.usage.prompt_tokens)
+                yield event
 
     async def predict(self, fingerprint: str, order: PictureOrder) -> tuple[Predicted, Replied]:
         """What is to be drawn for an order, and how the reply ended. One answer costs less than a stream. Raises: as
         `reply`."""
-        events = [event async for event in self.reply(fingerprint, order)]
-        (predicted,) = (event for event in events if isinstance(event, Predicted))
-        (replied,) = (event for event in events if isinstance(event, Replied))
+        async with contextlib.aclosing(self.reply(fingerprint, order)) as stream:
+            events = [event async for event in stream]
+        predicted = next((event for event in events if isinstance(event, Predicted)), None)
+        replied = next((event for event in events if isinstance(event, Replied)), None)
+        if predicted is None or replied is None:
+            raise InputError("the prompt leaves no room for a picture within the model's context: shorten it")
         return predicted, replied
 
     def _work(self, model: Model) -> ReplyWork:
@@ -234,7 +256,7 @@ class ReplyReplica(Replica):
         return ReplyWork(model, settings.max_batch, settings.max_length, settings.deterministic)
 
     async def _try_out(self, loop: EngineLoop[Any], model: Model) -> None:
-        async for event in loop.events(PictureOrder("warm-up", PictureSettings(seed=0))):
+        async for event in loop.events(decode_order(PictureOrder("warm-up", PictureSettings(seed=0)))):
             if isinstance(event, Predicted) and not np.isfinite(event.embeddings).all():
                 raise ModelError("its predictions aren't finite numbers")
 
@@ -246,24 +268,26 @@ class DrawReplica(Replica):
         super().__init__(settings)
         await self.start(versions)
 
-    async def draw(self, fingerprint: str, request: DrawRequest) -> AsyncIterator[PartialPicture | Drawing]:
+    async def draw(self, fingerprint: str, request: DrawRequest) -> AsyncGenerator[PartialPicture | Drawing, None]:
         """The pictures of one prediction: partial ones and, last, the whole. Raises: NotHeldError, InputError."""
         from nexusgen.sampling import drawing_settings
 
         loop, info, seed = self._loop_of(fingerprint), self._held[fingerprint].info, request.settings.seed
         asked = request.settings
         made = drawing_settings(self._manifests[fingerprint], self._kind, asked.steps, asked.size, asked.guidance)
-        async for image, number in loop.events(request):
-            png = await asyncio.to_thread(encode_png, image, info, seed, made.steps, made.true_cfg_scale)
-            if number is not None:
-                yield PartialPicture(png, number)
-            else:
-                loop.stats.add_units("pictures", 1)
-                yield Drawing(png, info, seed, made.steps, made.size, made.true_cfg_scale)
+        async with contextlib.aclosing(loop.events(request)) as events:
+            async for image, number in events:
+                png = await asyncio.to_thread(encode_png, image, info, seed, made.steps, made.true_cfg_scale)
+                if number is not None:
+                    yield PartialPicture(png, number)
+                else:
+                    loop.stats.add_units("pictures", 1)
+                    yield Drawing(png, info, seed, made.steps, made.size, made.true_cfg_scale)
 
     async def draw_at_once(self, fingerprint: str, request: DrawRequest) -> Drawing:
         """The whole picture alone. One answer costs less than a stream. Raises: as `draw`."""
-        (drawing,) = [event async for event in self.draw(fingerprint, request) if isinstance(event, Drawing)]
+        async with contextlib.aclosing(self.draw(fingerprint, request)) as events:
+            (drawing,) = [event async for event in events if isinstance(event, Drawing)]
         return drawing
 
     @property

@@ -9,6 +9,7 @@ for `serve deploy` and KubeRay, which import it by the name `pipelines.serve:bui
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -17,19 +18,21 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Annotated, Any, Literal, Self
 
 import ray
 import yaml
 from pydantic import Field, model_validator
 from ray import serve as ray_serve
+from ray.exceptions import RayError
 from ray.serve import Application
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from nexusgen.config import Config
-from nexusgen.errors import ModelError, ResourceError
+from nexusgen.errors import ConfigError, ModelError, ResourceError
 from pipelines import api, registry, runtime, storage
+from pipelines.api_guard import log_requests
 from pipelines.api_settings import ApiSettings
 from pipelines.ingress import HandleBackend
 from pipelines.replicas import DrawReplica, ReplicaSettings, ReplyReplica
@@ -109,12 +112,14 @@ def serve(config: ServeConfig, block: bool = True) -> None:
         return
     check(config)
     stopping = threading.Event()
-    with runtime.ray_cluster(_num_cpus(config), "serve") as cluster, _set_by_signals(stopping):
+    with runtime.ray_cluster(_num_cpus(config), "serve") as cluster:
         try:
             start(config)
-            print(_greeting(config), flush=True)
-            stopping.wait()
-            print("stopping: running requests end first", file=sys.stderr, flush=True)
+            with _set_by_signals(stopping):
+                print(_greeting(config), flush=True)
+                stopping.wait()
+                print("stopping: running requests end first; a second Ctrl-C ends them", file=sys.stderr, flush=True)
+            drain(config)
         finally:
             if cluster.is_local:
                 ray_serve.delete(APP_NAME)  # lets requests end; the rest of Serve goes with the cluster
@@ -155,6 +160,13 @@ def start(config: ServeConfig) -> str:
     return config.url
 
 
+def drain(config: ServeConfig) -> None:
+    """Close the doors, and wait until the requests inside have ended, `request_timeout_s` at most."""
+    ingress: Any = ray_serve.get_deployment_handle("ingress", APP_NAME)
+    with contextlib.suppress(RayServeException, RayError, TimeoutError):  # a door that is gone has nobody inside
+        ingress.broadcast("drain", config.request_timeout_s).results(timeout_s=config.request_timeout_s + 5)
+
+
 def shutdown() -> None:
     """Take the API down; running requests end first. The Ray cluster stays."""
     if ray.is_initialized():
@@ -191,6 +203,7 @@ def build_app(args: Mapping[str, Any]) -> Application:
             config.canary_share,
             config.also,
             config.swap,
+            drain_s=config.request_timeout_s,
         )
     )
     parts = {name: _computing(name, config, versions) for name in COMPUTING}
@@ -203,7 +216,8 @@ def build_app(args: Mapping[str, Any]) -> Application:
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         ray_actor_options={"num_cpus": INGRESS_CPUS, "runtime_env": {"env_vars": _ONE_LOOP}},
     )(ray_serve.ingress()(Ingress))
-    return ingress.bind(config.model_dump(mode="json"), versions, *parts.values())
+    wants_keys = bool(os.environ.get(KEYS_VARIABLE))
+    return ingress.bind(config.model_dump(mode="json"), wants_keys, versions, *parts.values())
 
 
 def _computing(name: str, config: ServeConfig, versions: Application) -> Application:
@@ -245,6 +259,7 @@ class Ingress:
     def __init__(
         self,
         config: Mapping[str, Any],
+        wants_keys: bool,
         versions: DeploymentHandle[Any],
         ar: DeploymentHandle[Any],
         generation_decoder: DeploymentHandle[Any],
@@ -252,26 +267,54 @@ class Ingress:
     ) -> None:
         self._config = ServeConfig.model_validate(config)
         decoders = {"generation_decoder": generation_decoder, "editing_decoder": editing_decoder}
-        self._backend = HandleBackend(versions, ar, decoders, self._config.queue_size)
+        patience_s = self._config.request_timeout_s
+        self._backend = HandleBackend(versions, ar, decoders, self._config.queue_size, patience_s)
+        self._wants_keys = wants_keys
+
+    async def in_use(self) -> list[str]:
+        """Fingerprints of the versions that requests inside began with."""
+        return sorted(self._backend.in_use())
+
+    async def drain(self, patience_s: float) -> int:
+        """See `HandleBackend.drain`."""
+        return await self._backend.drain(patience_s)
 
     def __serve_build_asgi_app__(self) -> Any:
         """Called by Serve in the replica: the app is built there, around the handles."""
         config = self._config
-        keys = tuple(key for key in os.environ.get(KEYS_VARIABLE, "").split(",") if key)
+        keys = tuple(stripped for key in os.environ.get(KEYS_VARIABLE, "").split(",") if (stripped := key.strip()))
+        if self._wants_keys and not keys:
+            raise ConfigError(
+                f"{KEYS_VARIABLE} is set where serve was started, but holds no key where the ingress runs: "
+                "give it in the cluster's environment, too, as comma-separated keys"
+            )
+        log_requests()
         return api.create_app(
             self._backend,
             ApiSettings(
                 api_keys=keys,
                 allowed_image_hosts=config.allowed_image_hosts,
                 request_timeout_s=config.request_timeout_s,
+                check_room=self._backend.admission.check,
                 more_metrics=self._backend.metrics,
             ),
         )
 
 
 def _settled(config: ServeConfig) -> dict[str, Any]:
-    """The configuration's values as another machine may read them."""
-    return config.model_copy(update={"storage": storage.absolute(config.storage)}).model_dump(mode="json")
+    """The configuration's values as another process may read them."""
+    settled = {
+        "storage": storage.absolute(config.storage),
+        "model": _absolute(config.model),
+        "canary": _absolute(config.canary) if config.canary else None,
+        "also": tuple(map(_absolute, config.also)),
+    }
+    return config.model_copy(update=settled).model_dump(mode="json")
+
+
+def _absolute(model: str) -> str:
+    is_folder = model != registry.DEMO_BASE and "://" not in model and not model.startswith("models:/")
+    return storage.absolute(model) if is_folder else model
 
 
 def _http_options(config: ServeConfig) -> dict[str, Any]:
@@ -279,7 +322,7 @@ def _http_options(config: ServeConfig) -> dict[str, Any]:
     return {"host": config.host, "port": config.port, "request_timeout_s": config.request_timeout_s + 5}
 
 
-@contextmanager
+@contextlib.contextmanager
 def _set_by_signals(event: threading.Event) -> Iterator[None]:
     """SIGINT and SIGTERM set the event. Entered after Ray has started, as Ray takes SIGTERM for itself."""
     numbers = (signal.SIGINT, signal.SIGTERM)

@@ -8,7 +8,6 @@ reason is told. It computes nothing and imports no torch.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -23,7 +22,10 @@ from pipelines.replicas import Held
 
 Swap = Literal["beside", "in_place"]
 COMPUTING = ("ar", "generation_decoder", "editing_decoder")
-SETTLE_S = 3.0  # after a swap, until every ingress has heard of it; then the old version may go
+SETTLE_S = 3.0  # after a swap, until every ingress has heard of it
+TRY_AGAIN_S = 60.0  # a version that couldn't be served is tried again: a store may have been away
+ASK_TIMEOUT_S = 3.0
+HOLD_TIMEOUT_S = 3600.0  # for a version to be fetched, loaded and tried by all replicas
 logger = logging.getLogger("nexusgen.serve")
 
 
@@ -39,6 +41,7 @@ class VersionSettings:
     also: tuple[str, ...] = ()
     swap: Swap = "beside"
     poll_s: float = 5.0
+    drain_s: float = 300.0  # an old version waits so long for requests that began with it
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,18 @@ class Served:
     canary_share: float = 0.0
 
 
+@dataclass(frozen=True)
+class _Refusal:
+    """A version that couldn't be served, and when it was tried, in seconds of the monotonic clock."""
+
+    pinned: str
+    reason: str
+    at: float
+
+    def __str__(self) -> str:
+        return f"{self.pinned}: {self.reason}"
+
+
 class Versions:
     """Follows the names of the configuration."""
 
@@ -57,9 +72,15 @@ class Versions:
         self._settings = settings
         self._names = [settings.model, *([settings.canary] if settings.canary else []), *settings.also]
         self._held = {name: await asyncio.to_thread(self._find, name) for name in self._names}
-        self._refused: dict[str, str] = {}
+        await self._keep_what_is_held()
+        self._refused: dict[str, _Refusal] = {}
         self._lock = asyncio.Lock()
         self._watch_task = asyncio.create_task(self._watch())
+
+    async def _keep_what_is_held(self) -> None:
+        """After a loss of this very actor: what the replicas hold goes on, until something else has been tried."""
+        held = {one.info.id: one for one in await self._ask_all("ar", "held")}
+        self._held = {name: held.get(found.info.id, found) for name, found in self._held.items()}
 
     async def wanted(self) -> list[Held]:
         """What a replica that begins is to hold."""
@@ -69,7 +90,7 @@ class Versions:
         """What requests can have."""
         share = self._settings.canary_share if self._settings.canary else 0.0
         told = [
-            replace(held, info=replace(held.info, refused=self._refused.get(name, "")))
+            replace(held, info=replace(held.info, refused=str(self._refused.get(name, ""))))
             for name, held in ((name, self._held[name]) for name in self._names)
         ]
         return Served(tuple(told), share)
@@ -83,10 +104,12 @@ class Versions:
         while True:
             await asyncio.sleep(self._settings.poll_s)
             for name in self._names:
-                with contextlib.suppress(NexusgenError):  # a registry that is away: what is served stays
+                try:
                     found = await asyncio.to_thread(self._find_if_new, name)
                     if found is not None:
                         await self._swap(name, found)
+                except Exception as error:  # a registry that is away, above all: what is served stays
+                    logger.warning("%s couldn't be looked up: %s: %s", name, type(error).__name__, error)
             # A replica that began while versions were changing may hold the old ones.
             await self._hold(_once(self._held.values()))
 
@@ -95,8 +118,9 @@ class Versions:
         if pinned == self._held[name].pinned:
             self._refused.pop(name, None)
             return None
-        if self._refused.get(name, "").startswith(f"{pinned}: "):
-            return None  # tried before
+        refusal = self._refused.get(name)
+        if refusal is not None and refusal.pinned == pinned and time.monotonic() - refusal.at < TRY_AGAIN_S:
+            return None
         try:
             return self._find(name)
         except NexusgenError as error:
@@ -137,32 +161,62 @@ class Versions:
                 return
             self._held = after
             logger.info("%s is served as %s", new.pinned, name)
-            await asyncio.sleep(SETTLE_S)
+            await self._until_unused(old[name].info.fingerprint)
             await self._hold(_once(after.values()))
+
+    async def _until_unused(self, fingerprint: str) -> None:
+        """Until every door has heard of a change, and no request is inside that began with the version before it."""
+        deadline = time.monotonic() + self._settings.drain_s
+        await asyncio.sleep(SETTLE_S)
+        while time.monotonic() < deadline:
+            uses = await self._ask_all("ingress", "in_use")
+            if not any(fingerprint in of_door for of_door in uses):
+                return
+            await asyncio.sleep(1.0)
 
     async def _hold(self, wanted: Sequence[Held], drop_first: bool = False) -> list[str]:
         """Have all computing replicas hold these versions. Gives what went wrong."""
-        from ray import serve
 
         async def of(deployment: str) -> list[str]:
-            handle: Any = serve.get_deployment_handle(deployment, self._settings.app_name)
             try:
-                results = await handle.broadcast("hold", list(wanted), drop_first).results_async(return_exceptions=True)
+                results = (
+                    await self._handle(deployment)
+                    .broadcast("hold", list(wanted), drop_first)
+                    .results_async(timeout_s=HOLD_TIMEOUT_S, return_exceptions=True)
+                )
             except Exception as error:  # Serve's own, of a deployment that is being replaced
                 return [f"{deployment}: {error}"]
             found = []
             for result in results:
                 if isinstance(result, BaseException):
-                    # A replica that dies in the middle is started again, with what is wanted then.
-                    logger.warning("%s: a replica didn't say whether it holds the version: %s", deployment, result)
-                    continue
-                found += [f"{deployment}: {reason}" for reason in result.values() if reason]
+                    found.append(f"{deployment}: a replica was lost while it loaded ({type(result).__name__})")
+                else:
+                    found += [f"{deployment}: {reason}" for reason in result.values() if reason]
             return found
 
         return [reason for found in await asyncio.gather(*map(of, COMPUTING)) for reason in found]
 
+    async def _ask_all(self, deployment: str, method: str) -> list[Any]:
+        """Answers of all replicas that reply, in one list where they are lists."""
+        try:
+            async with asyncio.timeout(ASK_TIMEOUT_S):
+                answers = await self._handle(deployment).broadcast(method).results_async(return_exceptions=True)
+        except Exception as error:  # there is none yet, or Serve is replacing them
+            logger.info("%s doesn't reply: %s", deployment, type(error).__name__)
+            return []
+        found: list[Any] = []
+        for answer in answers:
+            if not isinstance(answer, BaseException):
+                found += answer if isinstance(answer, list) else [answer]
+        return found
+
+    def _handle(self, deployment: str) -> Any:
+        from ray import serve
+
+        return serve.get_deployment_handle(deployment, self._settings.app_name)
+
     def _refuse(self, name: str, pinned: str, reason: str) -> None:
-        self._refused[name] = f"{pinned}: {reason}"
+        self._refused[name] = _Refusal(pinned, reason, time.monotonic())
         logger.error("%s stays %s: %s can't be served: %s", name, self._held[name].pinned, pinned, reason)
 
 

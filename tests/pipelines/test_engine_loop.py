@@ -32,6 +32,10 @@ class Counting:
     def has_room(self) -> bool:
         return len(self.inside) < 2
 
+    @property
+    def num_in_step(self) -> int:
+        return len(self.inside)
+
     def join(self, request: int) -> int:
         if request == 13:
             raise InputError("thirteen")

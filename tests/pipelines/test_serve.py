@@ -314,8 +314,10 @@ def test_the_alias_moves_without_a_lost_request_and_a_bad_version_changes_nothin
 
 
 def refused(url: str) -> str:
-    """What /health says of versions that can't be served."""
-    return str(httpx.get(f"{url}/health").json().get("refused") or "")
+    """What is said of versions that can't be served; strangers learn only which one it is."""
+    (first, *_) = httpx.get(f"{url}/v1/models").json()["data"]
+    assert httpx.get(f"{url}/health").json()["refused"] in (first["refused"].partition(": ")[0], "")
+    return str(first["refused"])
 
 
 def test_a_killed_replica_costs_its_own_requests_and_comes_back(url: str) -> None:
@@ -401,3 +403,15 @@ def test_a_swap_in_place_makes_requests_wait_and_fails_none(
         for client in clients:
             client.result()
     assert set(statuses) == {200}
+
+
+def test_a_server_that_ends_lets_those_inside_finish_and_nobody_in(url: str, config: ServeConfig) -> None:
+    """The last test: the door stays closed."""
+    with ThreadPoolExecutor(5) as pool:
+        inside = [pool.submit(post, url, prompt="a circle", seed=seed, steps=60) for seed in range(4)]
+        wait_until(lambda: "nexusgen_requests_inside 4.0" in httpx.get(f"{url}/metrics").text, 20)
+        draining = pool.submit(serve.drain, config)
+        wait_until(lambda: post(url, prompt="a circle", steps=1).status_code == 503, 20)
+        assert [call.result().status_code for call in inside] == [200] * 4
+        draining.result(timeout=20)
+    assert "about to end" in post(url, prompt="a circle").json()["error"]["message"]
