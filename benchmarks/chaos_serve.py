@@ -168,7 +168,7 @@ async def disturb(
         await wait_until(is_back, f"a replica of {name}")
     if not quick:
         print("kill a node", file=sys.stderr, flush=True)
-        await asyncio.to_thread(nodes.kill_one)
+        nodes.kill_one()  # here, as Ray adds nodes in the main thread alone; clients wait meanwhile
         await asyncio.sleep(SETTLE_S)
         await wait_until(is_back, "replicas of the lost node")
     versions = [add_version(config.storage, folder, alias=None) for folder in folders[1:]]

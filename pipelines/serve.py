@@ -40,8 +40,10 @@ from pipelines.versions import COMPUTING, Versions, VersionSettings
 
 APP_NAME = "nexusgen"
 KEYS_VARIABLE = "NEXUSGEN_API_KEYS"  # comma-separated
-INGRESS_CPUS = 0.25
-VERSIONS_CPUS = 0.1
+# Doors, and what knows the versions, live on the head node beside Serve's own proxy: a lost node then costs a 503 of
+# those whom it worked for, where the proxy would say 500 of a lost door. They take no CPU that Ray counts, as many
+# clusters' heads have none.
+ON_HEAD: dict[str, Any] = {"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}}
 MAX_ONGOING = 10_000  # of a deployment, in Serve's eyes: the door admits, and queues stand inside the replicas
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 5.0, 15.0
 DRAIN_S = 30.0  # requests that run have so long to end when their replica is to go
@@ -151,7 +153,7 @@ def start(config: ServeConfig) -> str:
     check(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     quiet = {"log_level": "WARNING", "enable_access_log": False}
-    ray_serve.start(http_options=_http_options(config), logging_config=quiet)
+    ray_serve.start(proxy_location="HeadOnly", http_options=_http_options(config), logging_config=quiet)
     try:
         ray_serve.run(build_app(_settled(config)), name=APP_NAME, route_prefix="/", logging_config=quiet)
     except RuntimeError as error:
@@ -181,7 +183,7 @@ def serve_config(config: ServeConfig) -> str:
         "import_path": "pipelines.serve:build_app",
         "args": _settled(config),
     }
-    values = {"proxy_location": "EveryNode", "http_options": _http_options(config), "applications": [application]}
+    values = {"proxy_location": "HeadOnly", "http_options": _http_options(config), "applications": [application]}
     return yaml.safe_dump(values, sort_keys=False)
 
 
@@ -193,7 +195,7 @@ def build_app(args: Mapping[str, Any]) -> Application:
         max_ongoing_requests=MAX_ONGOING,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
-        ray_actor_options={"num_cpus": VERSIONS_CPUS, "runtime_env": {"env_vars": _ONE_LOOP}},
+        ray_actor_options={**ON_HEAD, "runtime_env": {"env_vars": _ONE_LOOP}},
     )(Versions).bind(
         VersionSettings(
             config.storage,
@@ -214,7 +216,7 @@ def build_app(args: Mapping[str, Any]) -> Application:
         graceful_shutdown_timeout_s=DRAIN_S,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
-        ray_actor_options={"num_cpus": INGRESS_CPUS, "runtime_env": {"env_vars": _ONE_LOOP}},
+        ray_actor_options={**ON_HEAD, "runtime_env": {"env_vars": _ONE_LOOP}},
     )(ray_serve.ingress()(Ingress))
     wants_keys = bool(os.environ.get(KEYS_VARIABLE))
     return ingress.bind(config.model_dump(mode="json"), wants_keys, versions, *parts.values())
@@ -336,8 +338,7 @@ def _set_by_signals(event: threading.Event) -> Iterator[None]:
 
 def _num_cpus(config: ServeConfig) -> float:
     parts: list[PartConfig] = [getattr(config, name) for name in COMPUTING]
-    computing = sum(part.bounds[0] * part.cpus for part in parts)
-    return computing + config.ingress_replicas * INGRESS_CPUS + VERSIONS_CPUS
+    return sum(part.bounds[0] * part.cpus for part in parts)
 
 
 def _greeting(config: ServeConfig) -> str:
