@@ -8,14 +8,16 @@ first come are drawn first, `max_batch` at a time, and whoever waits takes the p
 A picture is that of `sampling.decode_embeddings`: bit for bit while it is alone in its batch; in company, where matrix
 products have another number of rows and round otherwise, within 1/255 in fp32. In bf16 with two-pass guidance it may be
 another by more than that, as it may in a batch of `decode_embeddings`. `deterministic` has every pass made at
-`max_batch` rows: then a picture has the same bits alone and in any company, in either dtype.
+`max_batch` rows and, on a CPU, by one thread: then a picture has the same bits alone and in any company, in either
+dtype.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,6 +40,8 @@ from nexusgen.model.autoencoder import decode_latents, latent_shape
 from nexusgen.model.decoder import ConditionerKind, check_guidance
 from nexusgen.model.weights import Model
 from nexusgen.sampling import DrawingParts, drawing_parts, drawing_settings
+
+_ONE_THREAD = threading.Lock()  # held by who has set the process's number of threads to 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,19 +106,21 @@ class _Sample:
 class DenoisingEngine:
     """Draws the requests that have joined, a step of one group at a time.
 
-    `join` and `leave` may be called from other threads while a step runs; steps are made by one thread at a time.
-    An offloaded model's drawing half is loaded when it is needed.
+    `join` and `leave` may be called from other threads while a step runs; steps are made by one thread at a time. On a
+    CPU a deterministic engine's `join` waits for the running step. An offloaded model's drawing half is loaded when it
+    is needed.
     """
 
     def __init__(self, model: Model, decoder: ConditionerKind, max_batch: int, *, deterministic: bool = False) -> None:
         """Raises: ModelError if the model has no such decoder; ConfigError for a `max_batch` below 1."""
         if max_batch < 1:
             raise ConfigError(f"max_batch {max_batch}: must be at least 1")
-        drawing_parts(model, decoder)
+        on_cpu = drawing_parts(model, decoder).pooled_prompt.device.type == "cpu"
         self._model = model
         self._decoder: ConditionerKind = decoder
         self._max_batch = max_batch
         self._num_rows = max_batch if deterministic else 0  # of a pass, at least
+        self._needs_one_thread = deterministic and on_cpu
         self._tickets = itertools.count()
         # Samples by ticket, the first come first; the group whose turn is next stands first.
         self._groups: dict[_Kind, dict[int, _Sample]] = {}
@@ -149,7 +155,8 @@ class DenoisingEngine:
         shows = {made: number for number, made in enumerate(partial_steps(request.num_partial, settings.steps))}
         device = parts.pooled_prompt.device
         reference = request.reference[None].to(device) if request.reference is not None else None
-        context = parts.decoder.context(request.embeddings[None].to(device), reference)[0]
+        with self._threads():
+            context = parts.decoder.context(request.embeddings[None].to(device), reference)[0]
         shape = latent_shape(parts.autoencoder, settings.size)
         noise = initial_noise([request.seed], shape)[0].to(device, parts.latents_dtype)
         sigmas = inference_sigmas(parts.scheduler, settings.steps)
@@ -177,6 +184,14 @@ class DenoisingEngine:
         kind, batch = self._next()
         if kind is None:
             return []
+        with self._threads():
+            moved, images = self._compute(kind, batch)
+        return self._commit(kind, batch, moved, images)
+
+    def _compute(
+        self, kind: _Kind, batch: Sequence[_Sample]
+    ) -> tuple[Float[Tensor, "batch channels height width"], dict[int, Image.Image]]:
+        """Latents after a step of each sample, and by their rows the pictures that are due then."""
         parts = drawing_parts(self._model, self._decoder)
         latents = torch.stack([sample.latents for sample in batch])
         here, there = (
@@ -193,7 +208,7 @@ class DenoisingEngine:
             clean = euler_step(latents[rows], velocity[rows], here[rows], torch.zeros_like(here[rows]))
             pixels = decode_latents(parts.autoencoder, _pad(clean, self._num_rows))
             images = dict(zip(shown, from_pixels(pixels[: len(shown)]), strict=True))
-        return self._commit(kind, batch, moved, images)
+        return moved, images
 
     def _velocity(self, parts: DrawingParts, kind: _Kind, batch: Sequence[_Sample]) -> VelocityFunction:
         """Of all samples of a batch, each under its own context and guidance."""
@@ -238,6 +253,9 @@ class DenoisingEngine:
                 self._groups[kind] = group
         return events
 
+    def _threads(self) -> contextlib.AbstractContextManager[None]:
+        return _one_thread() if self._needs_one_thread else contextlib.nullcontext()
+
     def _samples(self) -> list[_Sample]:
         with self._lock:
             return [sample for group in self._groups.values() for sample in group.values()]
@@ -254,6 +272,22 @@ def partial_steps(num_partial: int, steps: int) -> list[int]:
         raise InputError(f"num_partial {num_partial}: must be 0, for none, or more")
     count = min(num_partial, steps - 1)
     return [(number + 1) * steps // (count + 1) for number in range(count)]
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Has everything computed by one thread.
+
+    Threads divide the rows of a matrix product, and a row left over from whole blocks is rounded otherwise than one in
+    a block: with several threads a sample's bits depend on its place in the batch.
+    """
+    with _ONE_THREAD:
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(num_threads)
 
 
 def _padded(velocity: VelocityFunction, num_rows: int) -> VelocityFunction:

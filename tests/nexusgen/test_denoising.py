@@ -164,15 +164,16 @@ def test_in_random_company_pictures_are_within_one_step_of_those_alone(model: Mo
     assert len(distinct) == len(requests)
 
 
+def unrounded(pixels: Tensor) -> list[Image.Image]:
+    """Pictures of mode F: 256 values would hide most differences."""
+    return [Image.fromarray(row.float().flatten(0, 1).numpy()) for row in pixels]
+
+
 @pytest.mark.parametrize("decoder", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_deterministic_pictures_are_the_same_bits_alone_and_in_any_company(
     folder: Path, monkeypatch: pytest.MonkeyPatch, decoder: ConditionerKind, dtype: torch.dtype
 ) -> None:
-    def unrounded(pixels: Tensor) -> list[Image.Image]:
-        """Pictures of mode F: 256 values would hide most differences."""
-        return [Image.fromarray(row.float().flatten(0, 1).numpy()) for row in pixels]
-
     monkeypatch.setattr(denoising, "from_pixels", unrounded)
     model = load_model(folder, PARTS, dtype)
     requests = random_requests(24, decoder, seed=3)
@@ -193,6 +194,32 @@ def test_deterministic_pictures_are_the_same_bits_alone_and_in_any_company(
         for one, pixels in zip(requests, want, strict=True):
             rounded = from_pixels(torch.tensor(pixels).unflatten(0, (3, -1))[None])[0]
             assert difference(alone(model, one, decoder), np.asarray(rounded)) <= 1
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_deterministic_pictures_are_the_same_bits_in_every_place_of_a_batch_of_several_threads(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(denoising, "from_pixels", unrounded)
+    max_batch = 5
+    for size in ((16, 16), (48, 48)):
+        made = []
+        for place in range(max_batch):
+            engine = DenoisingEngine(model, "generation", max_batch, deterministic=True)
+            numbers = [1 + number for number in range(max_batch)]
+            numbers.insert(place, 0)
+            tickets = [engine.join(request(n, steps=1, size=size, true_cfg_scale=3.0)) for n in numbers[:max_batch]]
+            made.append(pictures(engine.step())[tickets[place]])
+        assert all(np.array_equal(picture, made[0]) for picture in made)
+    assert torch.get_num_threads() == 3
 
 
 def test_requests_of_any_step_number_of_steps_and_guidance_share_a_batch(model: Model) -> None:
