@@ -214,7 +214,7 @@ def url(report: dict[str, Any], ray_cluster: Any, folder: Path) -> Iterator[str]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    config = serve.ServeConfig(storage=str(folder), model="models:/nexusgen@champion", port=port, replica_cpus=0.5)
+    config = serve.ServeConfig(storage=str(folder), model="models:/nexusgen@champion", port=port)
     yield serve.start(config)
     serve.shutdown()
 

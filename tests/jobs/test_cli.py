@@ -173,9 +173,11 @@ def test_unknown_picture_format_is_2(nexusgen: Run, tmp_path: Path) -> None:
     assert ".png" in refused(nexusgen("generate", "a star", "-o", tmp_path / "x.doc"))
 
 
-def test_serve_writes_the_application_for_other_tools(tmp_path: Path) -> None:
+def test_serve_writes_the_application_for_other_tools(nexusgen: Run) -> None:
     arguments = ("serve", DEMO_CONFIGS / "serve.yaml", "port=8123", "ar={replicas: [1, 3]}", "--write-serve-config")
-    written = yaml.safe_load(nexusgen(*arguments).stdout)
+    code, printed, _ = nexusgen(*arguments)
+    assert code == 0
+    written = yaml.safe_load(printed)
     assert written["http_options"]["port"] == 8123
     (application,) = written["applications"]
     assert application["import_path"] == "pipelines.serve:build_app"
