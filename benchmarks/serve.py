@@ -134,11 +134,12 @@ async def load(url: str, num_clients: int, seconds: float, png: bytes) -> Load:
                     if response.status_code != 429 or time.perf_counter() - began >= seconds:
                         break
                     await asyncio.sleep(float(response.headers["retry-after-ms"]) / 1000)
-                if response.status_code == 200:
+                # What comes later isn't counted: by then clients that wait to come again leave the server half idle.
+                if response.status_code == 200 and time.perf_counter() - began <= seconds:
                     found.accepted.setdefault(work.kind, []).append(time.perf_counter() - sent)
 
         await asyncio.gather(*(one() for _ in range(num_clients)))
-        found.seconds = time.perf_counter() - began
+        found.seconds = seconds
     return found
 
 
