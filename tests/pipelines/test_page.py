@@ -51,11 +51,14 @@ class Visit:
     complaints: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     expected: re.Pattern[str] | None = None  # complaints that the test provokes
+    asked: str = ""  # since the mode was chosen
 
     def go(self, mode: str) -> None:
+        self.asked = ""
         self.page.get_by_role("radio", name=mode).check(force=True)
 
     def ask(self, prompt: str) -> None:
+        self.asked = prompt
         self.page.get_by_label("Prompt").fill(prompt)
         self.page.get_by_label("Prompt").press("Enter")
 
@@ -65,8 +68,8 @@ class Visit:
 
     @property
     def entry(self) -> Locator:
-        """The last entry of the mode that is shown."""
-        return self.page.locator(".feed:visible .entry").last
+        """The last entry of the mode that is shown; of what was just asked, even if the page hasn't added it yet."""
+        return self.page.locator(".feed:visible .entry").filter(has_text=self.asked).last
 
     def wait_for(self, state: str) -> None:
         expect(self.entry).to_have_attribute("data-state", state)
