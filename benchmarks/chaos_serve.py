@@ -35,7 +35,7 @@ from servers import free_port  # noqa: E402
 
 from benchmarks.chaos_data import LocalCluster  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
-from benchmarks.serve import ask, picture, works  # noqa: E402
+from benchmarks.serve import body_of, picture, works  # noqa: E402
 from nexusgen.model.manifest import demo_base  # noqa: E402
 from pipelines import serve  # noqa: E402
 from pipelines.serve import PartConfig, ServeConfig  # noqa: E402
@@ -65,7 +65,8 @@ class Fire:
         async with httpx.AsyncClient(base_url=self.url, timeout=PATIENCE_S) as client:
             while not self.is_over:
                 try:
-                    response = await ask(client, next(mixture), self.png)
+                    path, body, media_type = body_of(next(mixture), self.png)
+                    response = await client.post(path, content=body, headers={"content-type": media_type})
                 except httpx.HTTPError as error:
                     self.count(type(error).__name__, str(error))
                     continue

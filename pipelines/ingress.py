@@ -17,6 +17,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import grpc
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -295,5 +296,5 @@ def _serves_errors() -> Iterator[None]:
         yield
     except RayTaskError as error:
         raise error.cause from None
-    except (RayError, RayServeException):
+    except (RayError, RayServeException, grpc.aio.AioRpcError):
         raise UnavailableError("The model's replica is gone or not up yet; try again shortly.") from None

@@ -1,12 +1,14 @@
-"""The API in front of a real tiny model, asked by the real openai client: every call, and what the pictures equal."""
+"""A tiny model behind a real Ray Serve, asked by the real openai client: every call, and what the answers equal."""
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +21,7 @@ import psutil
 import pytest
 from api_server import make_editor, picture, serving
 from PIL import Image
+from servers import free_port
 
 from benchmarks.local_backend import LocalBackend
 from nexusgen.images import decode_image
@@ -26,9 +29,12 @@ from nexusgen.model.weights import Model, load_model
 from nexusgen.replies import SamplingParams
 from nexusgen.sampling import edit_images, generate_images, respond
 from nexusgen.schema import Message
+from pipelines import serve
+from pipelines.serve import PartConfig, ServeConfig
 
 SETTINGS = {"seed": 5, "steps": 3}
 DRAW: list[Any] = [{"role": "user", "content": "Draw a large red circle."}]
+QUEUE_SIZE = 8
 NODE = Path(__file__).parent / "openai_smoke.mjs"
 
 
@@ -43,9 +49,20 @@ def model(folder: Path) -> Model:
 
 
 @pytest.fixture(scope="module")
-def url(folder: Path) -> Iterator[str]:
-    with serving(LocalBackend(folder)) as url:
-        yield url
+def url(ray_cluster: Any, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    part = PartConfig(cpus=0.3)
+    yield serve.start(
+        ServeConfig(
+            storage=str(tmp_path_factory.mktemp("storage")),
+            model=str(folder),
+            port=free_port(),
+            queue_size=QUEUE_SIZE,
+            ar=part,
+            generation_decoder=part,
+            editing_decoder=part,
+        )
+    )
+    serve.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -183,29 +200,39 @@ def test_picture_given_in_the_last_message_is_edited(client: openai.OpenAI, mode
     assert np.abs(pixels_of(image) - np.asarray(expected, int)).max() <= 1
 
 
-def test_requests_in_company_equal_those_alone(client: openai.OpenAI) -> None:
-    def draw(seed: int) -> str:
-        answer = client.images.generate(prompt="a star", extra_body={"seed": seed, "steps": 2})
-        assert answer.data is not None
-        return answer.data[0].b64_json or ""
+def test_errors_have_the_clients_own_types(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="size") as refused:
+        client.images.generate(prompt="x", size="17x17")  # type: ignore[call-overload]
+    assert (refused.value.param, refused.value.type) == ("size", "invalid_request_error")
+    with pytest.raises(openai.NotFoundError, match="gpt-5"):
+        client.chat.completions.create(model="gpt-5", messages=DRAW)
+    with pytest.raises(openai.BadRequestError, match="logit_bias"):
+        client.chat.completions.create(model="nexusgen", messages=DRAW, logit_bias={"1": 1})
 
-    alone = [draw(seed) for seed in range(4)]
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(draw, range(4))) == alone
+
+def test_a_client_that_waits_too_short_gives_up_and_the_next_one_is_served(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.5).images.generate(prompt="x", n=4, extra_body={"steps": 200})
+    assert client.images.generate(prompt="x", extra_body={"steps": 1}).data
 
 
-def test_full_queue_is_429_before_a_stream(folder: Path) -> None:
-    with serving(LocalBackend(folder, max_waiting=1)) as url, ThreadPoolExecutor(12) as pool:
-        body = {"prompt": "x", "steps": 20, "stream": True}
-        answers = list(
-            pool.map(lambda _: httpx.post(f"{url}/v1/images/generations", json=body, timeout=120), range(12))
-        )
-    assert {answer.status_code for answer in answers} == {200, 429}
-    for answer in answers:
-        if answer.status_code == 429:
-            assert int(answer.headers["retry-after"]) >= 1
-        else:
-            assert "image_generation.completed" in answer.text
+def test_clients_that_are_refused_come_again_until_they_are_served(client: openai.OpenAI) -> None:
+    """Four times as many as there is room for."""
+
+    def draw(seed: int, max_retries: int) -> str:
+        """Nothing, or how long to wait."""
+        patient = client.with_options(max_retries=max_retries)
+        try:
+            assert patient.images.generate(prompt="a star", extra_body={"seed": seed, "steps": 20}).data
+        except openai.RateLimitError as error:
+            return error.response.headers["retry-after"]
+        return ""
+
+    with ThreadPoolExecutor(4 * QUEUE_SIZE) as pool:
+        waits = list(pool.map(lambda seed: draw(seed, 0), range(4 * QUEUE_SIZE)))
+        assert "" in waits
+        assert min(int(wait) for wait in waits if wait) >= 1  # and somebody was refused
+        assert not any(pool.map(lambda seed: draw(seed, 50), range(4 * QUEUE_SIZE)))
 
 
 def test_model_without_an_editing_decoder_says_so(base: Path) -> None:
@@ -215,32 +242,60 @@ def test_model_without_an_editing_decoder_says_so(base: Path) -> None:
     assert "editing decoder" in response.json()["error"]["message"]
 
 
-def test_broken_images_are_refused_with_a_reason_or_used(url: str, test_data: Path) -> None:
-    process = psutil.Process()
+def replica_bytes() -> int:
+    """Memory of all replicas."""
+    sizes = []
+    for process in psutil.process_iter(["cmdline"]):
+        with contextlib.suppress(psutil.Error):
+            if any(f"ServeReplica:{serve.APP_NAME}" in part for part in process.info["cmdline"] or []):
+                sizes.append(process.memory_info().rss)
+    assert len(sizes) >= 4
+    return sum(sizes)
+
+
+def test_broken_images_are_refused_with_a_reason_or_used_and_others_go_on(
+    url: str, client: openai.OpenAI, test_data: Path
+) -> None:
+    """Meanwhile another client is served as ever."""
     paths = sorted((test_data / "data" / "broken" / "images").iterdir())
     assert paths
-    statuses: dict[str, int] = {}
-    used_bytes: list[int] = []
-    with httpx.Client(base_url=url, timeout=120) as http:
+    is_over = threading.Event()
+
+    def draw_on() -> int:
+        count = 0
+        while not is_over.is_set():
+            assert client.images.generate(prompt="a star", extra_body={"seed": 1, "steps": 2}).data  # no retries
+            count += 1
+        return count
+
+    def send(http: httpx.Client, path: Path) -> int:
+        data = path.read_bytes()
+        uri = f"data:application/octet-stream;base64,{base64.b64encode(data).decode()}"
+        content = [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": "What is it?"}]
+        chat = {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
+        answers = [
+            http.post("/v1/images/edits", files={"image": data}, data={"prompt": "x", "steps": "1"}),
+            http.post("/v1/chat/completions", json=chat),
+        ]
+        for answer in answers:
+            assert answer.status_code in (200, 400), (path.name, answer.text[:300])
+            if answer.status_code == 400:
+                assert answer.json()["error"]["message"]
+        assert answers[0].status_code == answers[1].status_code, path.name
+        return answers[0].status_code
+
+    with httpx.Client(base_url=url, timeout=120) as http, ThreadPoolExecutor(1) as pool:
+        others = pool.submit(draw_on)
+        statuses = {send(http, path) for path in paths}
+        used_bytes = replica_bytes()
         for path in paths:
-            data = path.read_bytes()
-            uri = f"data:application/octet-stream;base64,{base64.b64encode(data).decode()}"
-            content = [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": "What is it?"}]
-            chat = {"messages": [{"role": "user", "content": content}], "max_tokens": 1}
-            answers = [
-                http.post("/v1/images/edits", files={"image": data}, data={"prompt": "x", "steps": "1"}),
-                http.post("/v1/chat/completions", json=chat),
-            ]
-            for answer in answers:
-                assert answer.status_code in (200, 400), (path.name, answer.text[:300])
-                if answer.status_code == 400:
-                    assert answer.json()["error"]["message"]
-            assert answers[0].status_code == answers[1].status_code, path.name
-            statuses[path.name] = answers[0].status_code
-            assert http.get("/health").status_code == 200
-            used_bytes.append(process.memory_info().rss)
-    assert set(statuses.values()) == {200, 400}
-    assert max(used_bytes) - used_bytes[0] < 1 << 30  # the largest is 200 MB once decoded; none of it piles up
+            send(http, path)
+        grown = replica_bytes() - used_bytes
+        is_over.set()
+        assert others.result() > 1
+        assert http.get("/health").status_code == 200
+    assert statuses == {200, 400}
+    assert grown < 100 << 20  # the largest takes 200 MB once decoded; a second round leaves nothing behind
 
 
 def test_node_client(url: str, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from pipelines import serve
 from pipelines.serve import PartConfig, ServeConfig
 
 pytestmark = pytest.mark.usefixtures("no_server")
-SMALL = PartConfig(cpus=0.3, max_batch=4)
+SMALL = PartConfig(cpus=0.3, max_batch=8)
 
 
 @pytest.fixture(scope="module")
@@ -154,10 +154,12 @@ def mixture(url: str, number: int) -> str | bytes:
     """What one of some unlike requests is answered with: a text, or the bytes of a picture."""
     kind, image = number % 3, noise(number % 5)
     if kind == 0:
-        return picture_of(post(url, prompt=f"thing {number}", seed=number, steps=1 + number % 4)).tobytes()
+        return picture_of(post(url, prompt=f"thing {number}", seed=number, steps=24 + number % 8)).tobytes()
     if kind == 1:
-        return picture_of(edit(url, f"thing {number}", image, seed=number, steps=1 + number % 4)).tobytes()
-    answer = ask(url, f"Is it {number}?", image, max_tokens=6 + number % 5, temperature=number % 2, seed=number)
+        return picture_of(edit(url, f"thing {number}", image, seed=number, steps=24 + number % 8)).tobytes()
+    # Not a question that the demo's base knows: of this it talks on.
+    values = {"max_tokens": 8 + number % 16, "temperature": number % 2, "seed": number}
+    answer = ask(url, f"Describe picture {number}.", image, **values)
     assert answer.status_code == 200, answer.text
     return str(answer.json()["choices"][0]["message"]["content"])
 
@@ -177,15 +179,20 @@ def mean_batch(url: str, before: dict[str, float] | None = None) -> dict[str, fl
     return {part: since[f"{part} batch_rows"] / since[f"{part} steps"] for part in parts if since[f"{part} steps"]}
 
 
-def assert_same_in_company(url: str, count: int, tolerance: int) -> None:
-    """Answers alone and in the company of all others; pixels may differ by so much, texts not at all."""
+def assert_same_in_company(url: str, count: int, tolerance: int, least_batch: float) -> None:
+    """Answers alone and in the company of all others; pixels may differ by so much, texts not at all.
+
+    In company a step of each deployment takes at least so many requests further, on average.
+    """
     alone = [mixture(url, number) for number in range(count)]
     order = random.Random(0).sample(range(count), count)
     before = mean_batch(url)
-    with ThreadPoolExecutor(16) as pool:
+    with ThreadPoolExecutor(24) as pool:
         together = dict(zip(order, pool.map(lambda number: mixture(url, number), order), strict=True))
     batches = mean_batch(url, before)
-    assert batches["ar"] > 1.5, batches
+    print(f"mean requests of a step: {batches}")
+    assert len(batches) == 3
+    assert min(batches.values()) >= least_batch, batches
     for number, expected in enumerate(alone):
         found = together[number]
         if isinstance(expected, str) or isinstance(found, str):
@@ -196,7 +203,7 @@ def assert_same_in_company(url: str, count: int, tolerance: int) -> None:
 
 
 def test_a_hundred_answers_in_random_company_are_those_alone(url: str) -> None:
-    assert_same_in_company(url, 100, 1)
+    assert_same_in_company(url, 100, tolerance=1, least_batch=3)
 
 
 def test_health_and_models_name_what_is_loaded(url: str, folders: tuple[Path, Path]) -> None:
@@ -352,7 +359,7 @@ def deploy_anew(config: ServeConfig, **values: Any) -> None:
 
 def test_deterministic_answers_have_the_same_bits_in_any_company(url: str, config: ServeConfig) -> None:
     deploy_anew(config, deterministic=True)
-    assert_same_in_company(url, 30, 0)
+    assert_same_in_company(url, 30, tolerance=0, least_batch=1.2)
 
 
 def test_a_canary_takes_its_share_and_versions_have_names(
