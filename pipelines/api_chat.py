@@ -47,6 +47,7 @@ from pipelines.orders import (
     Text,
     UnavailableError,
     Usage,
+    draw_lot,
 )
 
 MAX_STOPS = 4  # OpenAI's limit
@@ -397,6 +398,7 @@ def chat_orders(body: ChatRequest, messages: Sequence[Message], images: tuple[by
     seed = pick_seed(body.seed)
     size = parse_size(body.size)
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    lot = draw_lot()
     return [
         ChatOrder(
             messages=tuple(messages),
@@ -409,6 +411,7 @@ def chat_orders(body: ChatRequest, messages: Sequence[Message], images: tuple[by
             stop=stop,
             seed=seed + index,
             model=body.model,
+            lot=lot,
         )
         for index in range(body.n or 1)
     ]

@@ -45,6 +45,7 @@ from pipelines.orders import (
     PictureOrder,
     PictureSettings,
     Usage,
+    draw_lot,
 )
 from pipelines.pictures import OutputFormat, encode_drawing, encode_partial
 
@@ -252,6 +253,7 @@ def picture_orders(request: PictureParameters, images: tuple[bytes, ...] = ()) -
         raise RefusedError(400, message, "output_compression", "invalid_value")
     seed = pick_seed(request.seed)
     size = parse_size(request.size)
+    lot = draw_lot()
     return [
         PictureOrder(
             request.prompt,
@@ -259,6 +261,7 @@ def picture_orders(request: PictureParameters, images: tuple[bytes, ...] = ()) -
             images,
             request.partial_images or 0,
             request.model,
+            lot,
         )
         for index in range(request.n or 1)
     ]

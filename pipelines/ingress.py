@@ -114,7 +114,6 @@ class HandleBackend:
         self._served: Served | None = None
         self._served_at = -math.inf
         self._refreshing: asyncio.Task[None] | None = None
-        self._random = random.Random()  # who gets the canary
         self._uses: Counter[str] = Counter()  # requests inside, by the version that they began with
 
     async def models(self) -> list[ModelInfo]:
@@ -172,7 +171,7 @@ class HandleBackend:
         give_up = math.inf
         while True:
             has_begun = False
-            held = await self._pick(order.model)
+            held = await self._pick(order.model, order.lot)
             try:
                 with self._using(held.info.fingerprint):
                     async with contextlib.aclosing(answer(order, held)) as events:
@@ -229,12 +228,11 @@ class HandleBackend:
             elif isinstance(event, Replied):
                 yield Finished("length" if event.reason == "length" else "stop", held.info, event.usage)
 
-    async def _pick(self, model: str | None) -> Held:
+    async def _pick(self, model: str | None, lot: float) -> Held:
         """The version for a request; of the default's, the canary takes its share. Raises: UnknownModelError."""
         served = await self._look()
         if model is None or model == served.models[0].info.id:
-            is_canary = served.canary_share > 0 and self._random.random() < served.canary_share
-            return served.models[1 if is_canary else 0]
+            return served.models[1 if lot < served.canary_share else 0]
         for held in served.models:
             if model in (held.info.id, f"{served.models[0].info.id}/{held.info.version}"):
                 return held

@@ -6,6 +6,7 @@ Ray Serve that of `ingress.py`, in tests a plain object around a loaded model.
 
 from __future__ import annotations
 
+import random
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -49,6 +50,11 @@ class ModelInfo:
     refused: str = ""  # the version that its alias points to instead, and why that can't be served
 
 
+def draw_lot() -> float:
+    """From 0 up to 1, one for all orders of a request: below the canary's share it goes to the canary, as a whole."""
+    return random.random()
+
+
 @dataclass(frozen=True)
 class PictureSettings:
     """How a picture is drawn; None leaves it to the model. `size` is (height, width) in pixels."""
@@ -68,6 +74,7 @@ class PictureOrder:
     images: tuple[bytes, ...] = ()
     num_partial: int = 0  # pictures to show of the way there
     model: str | None = None  # id; None: the default
+    lot: float = field(default=1.0, compare=False)  # as `draw_lot` gives it
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ class ChatOrder:
     stop: tuple[str, ...] = ()
     seed: int = 0  # of the text
     model: str | None = None
+    lot: float = field(default=1.0, compare=False)  # as `draw_lot` gives it
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class Driver:
         """The MLflow run, once the training has ended well."""
         out, _ = self.process.communicate(timeout=600)
         assert self.process.returncode == 0, self._log.read_text()
-        return out.strip()
+        return str(out.split()[-1])  # Ray may say before that a node is gone
 
     def close(self) -> None:
         """Kill it if it still runs."""

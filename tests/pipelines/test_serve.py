@@ -380,6 +380,10 @@ def test_a_canary_takes_its_share_and_versions_have_names(
     shared = made_by(None, 60)
     assert set(shared) == {first, second}
     assert 8 <= shared[second] <= 42  # 24 are expected, with a standard deviation of 3.8
+    for seed in range(10):  # all pictures of a request are of the version that the answer names
+        answer = post(url, prompt="a circle", steps=1, seed=seed, n=3)
+        makers = {json.loads(picture_of(answer, number).text["nexusgen"])["fingerprint"] for number in range(3)}
+        assert makers == {answer.json()["fingerprint"]}
     assert made_by("nexusgen/2", 6) == {second: 6}
     assert made_by("nexusgen/1", 6) == {first: 6}
     unknown = post(url, prompt="a circle", model="nexusgen/9")
