@@ -1,0 +1,142 @@
+"""Scores with their uncertainty: 95 % confidence intervals of means over items, and of differences item by item.
+
+| scores | interval of a mean | interval of a paired difference |
+|---|---|---|
+| all 0 or 1 | Wilson's | Bonett and Price's (2012): Wald's, with one item more on either side |
+| any others | percentiles of a bootstrap over items, 2,000 resamples | the same, over the items' differences |
+
+Why not a bootstrap for 0 or 1: it calls 24 right out of 24 certain (1.00 to 1.00) where Wilson says 0.86 to 1.00, and
+two models equal beyond doubt that happen to agree on 24 items. Several groups of items (a mean of category means) are
+resampled each within itself; of 0/1 scores the groups' bounds are joined as independent ones (the distances from the
+means, by Zou and Donner's square root of the sum of squares). One group gives the same as no groups.
+
+A single score that isn't 0 or 1 has no spread to be seen: low and high are then the value itself, and n = 1 says so.
+Everything is deterministic: the same scores and seed give the same bounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from nexusgen.errors import ShapeError
+
+NUM_RESAMPLES = 2000
+_Z = 1.959963984540054  # of the normal distribution: 95 % lie within
+_TAILS = (2.5, 97.5)  # in percent
+_CHUNK = 100  # resamples at a time: memory is this times the items
+
+Values = Sequence[float | int]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over `n` items, or a difference of two, and the bounds of its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def to_json(self) -> dict[str, Any]:
+        """{"value", "low", "high", "n"}."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f}, n = {self.n})"
+
+
+def mean_interval(values: Values, seed: int = 0) -> Interval:
+    """The mean of `values` and its interval. Raises: ShapeError if there are none."""
+    return mean_of_groups_interval([values], seed)
+
+
+def mean_of_groups_interval(groups: Sequence[Values], seed: int = 0) -> Interval:
+    """The mean of the groups' means, each group weighing the same, and its interval.
+
+    Raises: ShapeError if there is no group, or an empty one.
+    """
+    arrays = _arrays(groups)
+    means = [float(array.mean()) for array in arrays]
+    value, count = math.fsum(means) / len(means), sum(map(len, arrays))
+    if all(np.isin(array, (0.0, 1.0)).all() for array in arrays):
+        bounds = [_wilson(mean, len(array)) for mean, array in zip(means, arrays, strict=True)]
+        low, high = _joined(means, bounds)
+        return Interval(value, max(0.0, low), min(1.0, high), count)
+    return Interval(value, *_bootstrap(arrays, seed), count)
+
+
+def paired_difference(ours: Values, theirs: Values, seed: int = 0) -> Interval:
+    """The mean of ours - theirs over the same items in the same order, and its interval.
+
+    Above 0 throughout: ours is better beyond chance; below: worse. Raises: ShapeError if the items aren't as many.
+    """
+    return paired_difference_of_groups([ours], [theirs], seed)
+
+
+def paired_difference_of_groups(ours: Sequence[Values], theirs: Sequence[Values], seed: int = 0) -> Interval:
+    """`paired_difference` of means of groups' means. Raises: ShapeError if groups or items aren't as many."""
+    one, other = _arrays(ours), _arrays(theirs)
+    if [len(array) for array in one] != [len(array) for array in other]:
+        raise ShapeError(
+            "a paired difference needs the same items on both sides, found groups of "
+            f"{[len(array) for array in one]} and of {[len(array) for array in other]}"
+        )
+    differences = [mine - its for mine, its in zip(one, other, strict=True)]
+    means = [float(array.mean()) for array in differences]
+    value, count = math.fsum(means) / len(means), sum(map(len, differences))
+    if all(np.isin(array, (0.0, 1.0)).all() for array in one + other):
+        low, high = _joined(means, [_bonett_price(array) for array in differences])
+        return Interval(value, max(-1.0, low), min(1.0, high), count)
+    return Interval(value, *_bootstrap(differences, seed), count)
+
+
+def _arrays(groups: Sequence[Values]) -> list[Float[np.ndarray, " items"]]:
+    arrays = [np.asarray(list(group), dtype=np.float64) for group in groups]
+    if not arrays or not all(len(array) for array in arrays):
+        raise ShapeError(f"no interval without scores: found groups of {[len(array) for array in arrays]} items")
+    return arrays
+
+
+def _wilson(mean: float, count: int) -> tuple[float, float]:
+    """Wilson's bounds of a share of `count` items. At 0 and at 1 one bound is the share itself."""
+    centre = mean + _Z**2 / (2 * count)
+    spread = _Z * math.sqrt(mean * (1 - mean) / count + _Z**2 / (4 * count**2))
+    scale = 1 + _Z**2 / count
+    # Rounding must not put the share outside of its own bounds.
+    return min(mean, (centre - spread) / scale), max(mean, (centre + spread) / scale)
+
+
+def _bonett_price(differences: Float[np.ndarray, " items"]) -> tuple[float, float]:
+    """Bounds of the mean of differences that are each -1, 0 or 1."""
+    count = len(differences) + 2
+    better, worse = (int((differences == sign).sum()) + 1 for sign in (1, -1))
+    middle = (better - worse) / count
+    spread = _Z * math.sqrt(((better + worse) / count - middle**2) / count)
+    mean = float(differences.mean())
+    return min(mean, middle - spread), max(mean, middle + spread)
+
+
+def _joined(means: Sequence[float], bounds: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Bounds of the mean of independent means, from the bounds of each."""
+    middle = math.fsum(means) / len(means)
+    below = math.sqrt(math.fsum((mean - low) ** 2 for mean, (low, _) in zip(means, bounds, strict=True)))
+    above = math.sqrt(math.fsum((high - mean) ** 2 for mean, (_, high) in zip(means, bounds, strict=True)))
+    return middle - below / len(means), middle + above / len(means)
+
+
+def _bootstrap(groups: Sequence[Float[np.ndarray, " items"]], seed: int) -> tuple[float, float]:
+    """Percentiles of the mean of the groups' means, each group's items drawn anew with replacement."""
+    rng = np.random.default_rng(seed)
+    means = np.zeros(NUM_RESAMPLES)
+    for group in groups:
+        for first in range(0, NUM_RESAMPLES, _CHUNK):
+            drawn = rng.integers(0, len(group), size=(_CHUNK, len(group)))
+            means[first : first + _CHUNK] += group[drawn].mean(axis=1) / len(groups)
+    low, high = np.percentile(means, _TAILS)
+    return float(low), float(high)
