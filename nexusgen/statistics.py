@@ -56,6 +56,11 @@ def mean_interval(values: Values, seed: int = 0) -> Interval:
     return mean_of_groups_interval([values], seed)
 
 
+def mean_of_groups(groups: Sequence[Values]) -> float:
+    """The mean of the groups' means. Raises: ShapeError if there is no group, or an empty one."""
+    return _mean_of_means(_arrays(groups))
+
+
 def mean_of_groups_interval(groups: Sequence[Values], seed: int = 0) -> Interval:
     """The mean of the groups' means, each group weighing the same, and its interval.
 
@@ -63,7 +68,7 @@ def mean_of_groups_interval(groups: Sequence[Values], seed: int = 0) -> Interval
     """
     arrays = _arrays(groups)
     means = [float(array.mean()) for array in arrays]
-    value, count = math.fsum(means) / len(means), sum(map(len, arrays))
+    value, count = _mean_of_means(arrays), sum(map(len, arrays))
     if all(np.isin(array, (0.0, 1.0)).all() for array in arrays):
         bounds = [_wilson(mean, len(array)) for mean, array in zip(means, arrays, strict=True)]
         low, high = _joined(means, bounds)
@@ -89,7 +94,7 @@ def paired_difference_of_groups(ours: Sequence[Values], theirs: Sequence[Values]
         )
     differences = [mine - its for mine, its in zip(one, other, strict=True)]
     means = [float(array.mean()) for array in differences]
-    value, count = math.fsum(means) / len(means), sum(map(len, differences))
+    value, count = _mean_of_means(differences), sum(map(len, differences))
     if all(np.isin(array, (0.0, 1.0)).all() for array in one + other):
         low, high = _joined(means, [_bonett_price(array) for array in differences])
         return Interval(value, max(-1.0, low), min(1.0, high), count)
@@ -101,6 +106,10 @@ def _arrays(groups: Sequence[Values]) -> list[Float[np.ndarray, " items"]]:
     if not arrays or not all(len(array) for array in arrays):
         raise ShapeError(f"no interval without scores: found groups of {[len(array) for array in arrays]} items")
     return arrays
+
+
+def _mean_of_means(arrays: Sequence[Float[np.ndarray, " items"]]) -> float:
+    return math.fsum(float(array.mean()) for array in arrays) / len(arrays)
 
 
 def _wilson(mean: float, count: int) -> tuple[float, float]:

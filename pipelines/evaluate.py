@@ -24,7 +24,9 @@ from nexusgen.model.manifest import Manifest, read_manifest
 from nexusgen.model.weights import DRAWING_PARTS, load_model
 from pipelines import embedded, registry, runtime, storage, tracking
 from pipelines.runtime import JobReport
-from pipelines.suites import DemoWorldSuite, EvaluationSuite, RetrievalSuite, Row, Unit
+from pipelines.suite_demo_world import DemoWorldSuite
+from pipelines.suite_retrieval import RetrievalSuite
+from pipelines.suites import EvaluationSuite, Row, Unit
 
 SuiteName = Literal["demo_world", "retrieval"]
 RESULTS_NAME = "results.parquet"

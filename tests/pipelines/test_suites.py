@@ -19,9 +19,12 @@ from nexusgen.base_training import IMAGE_SIZE
 from nexusgen.errors import FingerprintError, InputError
 from nexusgen.model.manifest import read_manifest
 from nexusgen.model.weights import Model, load_model
-from pipelines import embedded, suites
+from nexusgen.statistics import mean_of_groups
+from pipelines import embedded, suite_demo_world
 from pipelines.arrays import decode_entry
-from pipelines.suites import DemoWorldSuite, EvaluationSuite, RetrievalSuite, find_targets
+from pipelines.suite_demo_world import DemoWorldSuite
+from pipelines.suite_retrieval import RetrievalSuite, find_targets
+from pipelines.suites import EvaluationSuite, Unit
 
 WORLD = DemoWorldSuite(
     seed=3, steps=2, per_category=2, num_explicit=3, num_questions=2, num_edits=3, num_pictures=4, batch_size=5
@@ -56,7 +59,7 @@ def scenes_by_prompt(suite: DemoWorldSuite) -> dict[str, shapes.Scene]:
 
 def test_a_perfect_painter_scores_one_and_a_blank_one_nothing(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     scenes = scenes_by_prompt(WORLD)
-    monkeypatch.setattr(suites, "generate_images", paint(lambda prompt: scenes[prompt]))
+    monkeypatch.setattr(suite_demo_world, "generate_images", paint(lambda prompt: scenes[prompt]))
     perfect = WORLD.model_copy(update={"num_questions": 0, "num_edits": 0})
     scores = perfect.summarise(rows_of(perfect, model)).scores
     assert set(scores["generation"].values()) == {1.0}
@@ -71,8 +74,9 @@ def test_a_perfect_painter_scores_one_and_a_blank_one_nothing(model: Model, monk
         "attributes",
         "explicit_strict",
         "explicit_colour_and_cell",
+        *(f"{name}_{lang}" for name in ("overall", "explicit_strict") for lang in ("en", "zh")),
     }
-    monkeypatch.setattr(suites, "generate_images", paint(lambda prompt: shapes.Scene(())))
+    monkeypatch.setattr(suite_demo_world, "generate_images", paint(lambda prompt: shapes.Scene(())))
     blank = WORLD.model_copy(update={"num_questions": 0, "num_edits": 0})
     assert set(blank.summarise(rows_of(blank, model)).scores["generation"].values()) == {0.0}
 
@@ -86,27 +90,31 @@ def test_an_edit_counts_if_it_is_done_and_the_rest_unchanged(model: Model, monke
         def edit_images(model: Model, images: Any, instructions: Sequence[str], *others: Any) -> list[Image.Image]:
             return [Image.fromarray(shapes.draw(paint(edits[text]))) for text in instructions]
 
-        monkeypatch.setattr(suites, "edit_images", edit_images)
+        monkeypatch.setattr(suite_demo_world, "edit_images", edit_images)
         return suite.summarise(rows_of(suite, model)).scores["editing"]
 
-    assert scores_of(lambda edit: edit.target) == {"strict": 1, "done": 1, "unchanged": 1}
+    perfect = scores_of(lambda edit: edit.target)
+    assert set(perfect.values()) == {1}
+    assert {"strict", "done", "unchanged", "colour_done", "move_unchanged", "strict_zh"} <= set(perfect)
+    assert len(perfect) == 3 + 3 * len(shapes.EDIT_KINDS) + 2
     # The source as it was: nothing is done, and where a thing should come or go, the number of things is wrong.
     untouched = scores_of(lambda edit: edit.source)
     assert (untouched["strict"], untouched["done"]) == (0, 0)
     assert 0.5 < untouched["unchanged"] < 1
+    assert (untouched["colour_unchanged"], untouched["add_unchanged"]) == (1, 0)
     assert scores_of(lambda edit: shapes.Scene(()))["strict"] == 0
 
 
 def test_a_model_without_an_editing_decoder_edits_with_the_other(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     decoders = []
-    draw = suites.edit_images
+    draw = suite_demo_world.edit_images
 
     def edit_images(*arguments: Any) -> list[Image.Image]:
         decoders.append(arguments[-1])
         return draw(*arguments)
 
-    monkeypatch.setattr(suites, "edit_images", edit_images)
-    unit = suites.Unit("editing", 0, 2)
+    monkeypatch.setattr(suite_demo_world, "edit_images", edit_images)
+    unit = Unit("editing", 0, 2)
     first = WORLD.worker(model)(unit)
     assert decoders == ["generation" if model.editing_decoder is None else "editing"]
     assert [row["score"] for row in first] == [float(row["done"] and row["unchanged"]) for row in first]
@@ -133,6 +141,27 @@ def test_a_picture_doesnt_depend_on_its_unit(model: Model, rows: list[dict[str, 
     for one, other in zip(rows, others, strict=False):
         pixels = [np.asarray(Image.open(io.BytesIO(row["png"])), int) for row in (one, other)]
         assert np.abs(pixels[0] - pixels[1]).max() <= 1
+
+
+def test_scores_are_the_means_of_the_measures(rows: list[dict[str, Any]]) -> None:
+    scores, measures = WORLD.summarise(rows).scores, WORLD.measures(rows)
+    flat = {f"{part}/{name}": value for part, of in scores.items() if part != "n" for name, value in of.items()}
+    assert {name: mean_of_groups(groups) for name, groups in measures.items()} == {
+        name: value for name, value in flat.items() if name != "understanding/majority"
+    }
+    assert [len(group) for group in measures["generation/overall"]] == [WORLD.per_category] * 6
+    assert sum(len(measures[f"editing/strict_{lang}"][0]) for lang in ("en", "zh")) == WORLD.num_edits
+
+
+def test_languages_are_scored_apart(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes = scenes_by_prompt(WORLD)
+    chinese = {prompt for prompt in scenes if not prompt.isascii()}
+    knows_english = paint(lambda prompt: shapes.Scene(()) if prompt in chinese else scenes[prompt])
+    monkeypatch.setattr(suite_demo_world, "generate_images", knows_english)
+    suite = WORLD.model_copy(update={"num_questions": 0, "num_edits": 0})
+    scores = suite.summarise(rows_of(suite, model)).scores["generation"]
+    assert (scores["overall_en"], scores["overall_zh"], scores["overall"]) == (1, 0, 0.5)
+    assert (scores["explicit_strict_en"], scores["explicit_strict_zh"]) == (1, 0)
 
 
 def test_sheets_show_the_first_pictures(rows: list[dict[str, Any]]) -> None:
@@ -182,7 +211,7 @@ def test_retrieval_reads_every_target_once(model: Model, tmp_path: Path) -> None
     for row, source in zip(rows, stored, strict=True):
         expected = decode_entry(source["target_data"][-1], source["target_dtype"], (4, 4)).float()
         assert row["target"] == expected.numpy().tobytes()
-    assert [row["output_png"] is not None for row in rows] == [n < 5 for n in range(20)]
+    assert [row["png"] is not None for row in rows] == [n < 5 for n in range(20)]
     result = suite.summarise(rows)
     assert result.scores["num_targets"] == 4
     assert result.scores["chance"] == 0.25
