@@ -1,8 +1,17 @@
 """`nexusgen evaluate`: scores of a model folder or registered version, by batch inference on Ray Data.
 
-Suites (see suites.py) cut their items into units of one batch each; actors that hold the model turn units into rows.
-Rows, contact sheets and scores land in STORAGE/evaluations/FINGERPRINT/SUITE/ together with the settings that they were
-made under: the same weights under the same settings are not evaluated again.
+Suites (see suites.py) cut their items into units of one batch each; actors that hold the model turn units into rows,
+which are kept as they are made (unit_rows.py). Rows, contact sheets and scores land in
+STORAGE/evaluations/FINGERPRINT/SUITE/ together with the settings that they were made under: the same weights under the
+same settings are not evaluated again. With `against`, another model is evaluated on the same items if it hasn't been
+yet, and both are compared item by item (pairs.py). `scores.json`, which the gate reads:
+
+| key | what |
+|---|---|
+| fingerprint, suite, settings, run_id | of which weights, by which run |
+| scores | numbers, nested by name |
+| intervals | {flat name like generation/overall: {value, low, high, n}} of each score that is a mean over items |
+| against | {other fingerprint: {model, differences, run_id}}; differences like intervals, ours - theirs item by item |
 """
 
 from __future__ import annotations
@@ -10,26 +19,28 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal, Self
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
+from PIL import Image
 from pydantic import Field, model_validator
 
 from nexusgen.config import Config, dump_config
+from nexusgen.errors import UsageError
 from nexusgen.model.manifest import Manifest, read_manifest
 from nexusgen.model.weights import DRAWING_PARTS, load_model
-from pipelines import embedded, registry, runtime, storage, tracking
+from nexusgen.statistics import Interval, mean_of_groups_interval
+from pipelines import embedded, pairs, registry, runtime, storage, tracking
 from pipelines.runtime import JobReport
 from pipelines.suite_demo_world import DemoWorldSuite
 from pipelines.suite_retrieval import RetrievalSuite
 from pipelines.suites import EvaluationSuite, Row, Unit
+from pipelines.unit_rows import UnitRows
 
 SuiteName = Literal["demo_world", "retrieval"]
-RESULTS_NAME = "results.parquet"
 EVALUATED_PARTS = (*DRAWING_PARTS, "editing_decoder")
 READER_CPUS = 1.0  # Ray Data's own tasks, beside the actors
 
@@ -40,6 +51,7 @@ class EvaluateConfig(Config):
     storage: str = Field(description="folder or s3:// URI that holds evaluations/, embedded/ and models/")
     name: str = Field(default="nexusgen", description="name of the project: the MLflow experiment")
     model: str = Field(description="demo-base, a model folder, models:/nexusgen@ALIAS or models:/nexusgen/VERSION")
+    against: str | None = Field(default=None, description="another such model: compared with it item by item")
     suites: tuple[SuiteName, ...] = ("demo_world",)
     seed: Annotated[int, Field(ge=0)] = 0
     steps: Annotated[int, Field(ge=1)] | None = Field(
@@ -69,56 +81,79 @@ class EvaluateConfig(Config):
 def evaluate(config: EvaluateConfig, parent_run_id: str | None = None) -> JobReport:
     """Evaluate a model, suite by suite; scores go to the storage, to MLflow and to the version of these weights.
 
-    A suite that was run on the same weights under the same settings is not run again.
+    A suite that was run on the same weights under the same settings is not run again; one that was killed goes on with
+    the units that it hasn't finished.
     Raises: InputError or ModelError if there is no such model or data; FingerprintError if the data is of another
-    encoder; ResourceError if too few CPUs are free.
+    encoder; ResourceError if too few CPUs are free; UsageError if `against` is the same model.
     """
-    with runtime.CpuMeter() as meter:
-        manifest = read_manifest(registry.resolve_model(config.model, config.storage))
+    with runtime.CpuMeter() as meter, ExitStack() as cluster:
+        model = _find_model(config.model, config)
+        other = _find_model(config.against, config) if config.against is not None else None
+        if other is not None and other.fingerprint == model.fingerprint:
+            raise UsageError(
+                f"model={config.model} and against={config.against} are the same weights ({model.fingerprint}): "
+                "name another version or folder to compare with"
+            )
         suites = _suites(config)
         for suite in suites:
-            suite.check(manifest)
-        stored = {suite.path: _stored(config, suite, manifest.fingerprint) for suite in suites}
-        todo = [suite for suite in suites if stored[suite.path] is None]
-        if todo:
-            tags = {tracking.TAG_FINGERPRINT: manifest.fingerprint}
-            with (
-                runtime.ray_cluster(config.num_actors * config.actor_cpus + READER_CPUS, "evaluate"),
-                tracking.job_run(
-                    config.storage, config.name, "evaluate", dump_config(config), parent=parent_run_id, tags=tags
-                ) as run,
-            ):
-                for suite in todo:
-                    stored[suite.path] = _run(suite, config, manifest, run)
-                report = _report(config, meter, manifest.fingerprint, stored, reused=False)
-                run.log_report(report)
-        else:
-            report = _report(config, meter, manifest.fingerprint, stored, reused=True)
-        for name, content in stored.items():
-            assert content is not None
-            registry.attach_scores(config.storage, manifest.fingerprint, name, content["scores"], content["run_id"])
-    return report
+            for one in (model, other):
+                if one is not None:
+                    suite.check(one.manifest)
+        theirs = _evaluate_suites(suites, other, config, parent_run_id, cluster) if other is not None else None
+        ours = _evaluate_suites(suites, model, config, parent_run_id, cluster)
+        if other is not None and theirs is not None:
+            ours = _compare(ours, theirs, config, parent_run_id)
+        is_reused = ours.is_reused and (theirs is None or theirs.is_reused)
+        return _report(config, meter, ours, other, is_reused)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model to evaluate: a name that means the same everywhere and later, and what it is."""
+
+    spec: str
+    manifest: Manifest
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest.fingerprint
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """A model's evaluations: what each suite's file of scores holds."""
+
+    model: _Model
+    suites: Sequence[EvaluationSuite]
+    contents: Mapping[str, dict[str, Any]]  # by the suites' paths
+    num_made: int  # items; the others' rows were there
+    is_reused: bool
+
+
+def _find_model(spec: str, config: EvaluateConfig) -> _Model:
+    pinned = registry.pin_model(spec, config.storage)
+    return _Model(pinned, read_manifest(registry.resolve_model(pinned, config.storage)))
 
 
 class SuiteActor:
     """One loaded model at work on a suite's units; an actor of Ray Data."""
 
-    def __init__(self, suite: EvaluationSuite, model: str, storage_uri: str) -> None:
+    def __init__(self, suite: EvaluationSuite, model: str, storage_uri: str, kept: UnitRows) -> None:
         torch.set_num_threads(1)
         # Found here, not in the driver: on a cluster this may be another machine, with a cache of its own.
         folder = registry.resolve_model(model, storage_uri)
-        self._schema = suite.schema
+        self._kept = kept
         self._work = suite.worker(
             load_model(folder, [part for part in EVALUATED_PARTS if part in read_manifest(folder).parts])
         )
 
-    def __call__(self, batch: dict[str, Any]) -> pa.Table:
-        """Rows of the units in the batch."""
-        rows: list[Row] = []
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Make and keep the rows of the units in the batch; gives the batch back."""
         for kind, first, last in zip(batch["kind"], batch["first"], batch["last"], strict=True):
             unit = Unit(str(kind), int(first), int(last))
-            rows += [{"kind": unit.kind, "index": unit.first + i, **row} for i, row in enumerate(self._work(unit))]
-        return pa.Table.from_pylist(rows, schema=self._schema)
+            rows = [{"kind": unit.kind, "index": unit.first + i, **row} for i, row in enumerate(self._work(unit))]
+            self._kept.write(unit, rows)
+        return batch
 
 
 def _suites(config: EvaluateConfig) -> list[EvaluationSuite]:
@@ -155,42 +190,98 @@ def _suites(config: EvaluateConfig) -> list[EvaluationSuite]:
     return suites
 
 
-def _run(suite: EvaluationSuite, config: EvaluateConfig, manifest: Manifest, run: tracking.Run) -> dict[str, Any]:
-    """Evaluate, write rows, sheets and last the scores. Returns what the file of scores holds."""
-    rows = _work_through(suite, config)
+def _evaluate_suites(
+    suites: Sequence[EvaluationSuite],
+    model: _Model,
+    config: EvaluateConfig,
+    parent_run_id: str | None,
+    cluster: ExitStack,
+) -> _Evaluated:
+    """Run the suites that weren't yet, in one MLflow run. If Ray is started, it stays until `cluster` closes."""
+    contents = {suite.path: _stored(config, suite, model.fingerprint) for suite in suites}
+    todo = [suite for suite in suites if contents[suite.path] is None]
+    num_made = 0
+    if todo:
+        cluster.enter_context(runtime.ray_cluster(config.num_actors * config.actor_cpus + READER_CPUS, "evaluate"))
+        with runtime.CpuMeter() as meter, _open_run(config, model, parent_run_id) as run:
+            for suite in todo:
+                contents[suite.path], made = _run(suite, config, model, run)
+                num_made += made
+            found = _Evaluated(model, suites, {k: v for k, v in contents.items() if v}, num_made, is_reused=False)
+            run.log_report(_report(config, meter, found, None, is_reused=False))
+    evaluated = _Evaluated(model, suites, {k: v for k, v in contents.items() if v}, num_made, is_reused=not todo)
+    for name, content in evaluated.contents.items():
+        registry.attach_scores(config.storage, model.fingerprint, name, content["scores"], content["run_id"])
+    return evaluated
+
+
+def _open_run(config: EvaluateConfig, model: _Model, parent_run_id: str | None) -> AbstractContextManager[tracking.Run]:
+    tags = {tracking.TAG_FINGERPRINT: model.fingerprint}
+    settings = dump_config(config.model_copy(update={"model": model.spec}))
+    return tracking.job_run(config.storage, config.name, "evaluate", settings, parent=parent_run_id, tags=tags)
+
+
+def _run(
+    suite: EvaluationSuite, config: EvaluateConfig, model: _Model, run: tracking.Run
+) -> tuple[dict[str, Any], int]:
+    """Evaluate, write rows, sheets and last the scores. Returns what the file of scores holds, and the items made."""
+    folder = _folder(config, suite.path, model.fingerprint)
+    kept = UnitRows.of(suite, folder)
+    rows, num_made = _work_through(suite, config, model, kept)
     result = suite.summarise(rows)
-    folder = _folder(config, suite.path, manifest.fingerprint)
-    table = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, schema=suite.schema), table)
-    storage.write_bytes_atomic(storage.join(folder, RESULTS_NAME), table.getvalue())
-    for name, sheet in result.sheets.items():
-        buffer = io.BytesIO()
-        sheet.save(buffer, "PNG")
-        storage.write_bytes_atomic(storage.join(folder, f"{name}.png"), buffer.getvalue())
-        run.log_image(sheet, f"{suite.path}/{name}.png")
+    intervals = {name: mean_of_groups_interval(groups) for name, groups in suite.measures(rows).items()}
+    kept.write_all(rows)
+    _write_sheets(result.sheets, suite, folder, run)
     storage.write_bytes_atomic(storage.join(folder, "config.yaml"), dump_config(config).encode())
-    made_by = {"run_id": run.run_id, "inputs": [{"uri": config.model, "digest": manifest.fingerprint}]}
-    storage.write_bytes_atomic(storage.join(folder, "run.json"), json.dumps(made_by, indent=2).encode())
+    made_by = {"run_id": run.run_id, "inputs": [{"uri": model.spec, "digest": model.fingerprint}]}
+    storage.write_json(storage.join(folder, "run.json"), {**made_by, "items": len(rows), "items_made": num_made})
     run.log_metrics({f"eval/{suite.path}/{name}": value for name, value in _flatten(result.scores)})
+    run.log_metrics(_bounds(f"eval/{suite.path}", intervals))
     content = {
-        "fingerprint": manifest.fingerprint,
+        "fingerprint": model.fingerprint,
         "suite": suite.path,
         "settings": suite.settings,
         "scores": result.scores,
+        "intervals": {name: interval.to_json() for name, interval in intervals.items()},
         "run_id": run.run_id,
     }
-    storage.write_bytes_atomic(
-        registry.scores_uri(config.storage, manifest.fingerprint, suite.path), json.dumps(content, indent=2).encode()
-    )
-    return content
+    _write_scores(config, suite, content, run)
+    kept.remove_parts()
+    return content, num_made
 
 
-def _work_through(suite: EvaluationSuite, config: EvaluateConfig) -> list[Row]:
-    """Every unit's rows, in order of the items, computed by a pool of actors."""
+def _work_through(
+    suite: EvaluationSuite, config: EvaluateConfig, model: _Model, kept: UnitRows
+) -> tuple[list[Row], int]:
+    """Every unit's rows, in order of the items, and how many items were made now, by a pool of actors."""
+    units = suite.units()
+    found = kept.finished(units)
+    todo = [unit for unit in units if unit not in found]
+    total, num_kept = (sum(unit.last - unit.first for unit in some) for some in (units, list(found)))
+    if num_kept:
+        print(f"evaluate {suite.path}: {num_kept}/{total} were made before", file=sys.stderr, flush=True)
+    num_done = num_kept
+    for unit in _make(suite, config, model, kept, todo):
+        found[unit] = kept.read(unit)
+        num_done += unit.last - unit.first
+        print(f"evaluate {suite.path}: {num_done}/{total}", file=sys.stderr, flush=True)
+    return [row for unit in units for row in found[unit]], total - num_kept
+
+
+def _make(
+    suite: EvaluationSuite, config: EvaluateConfig, model: _Model, kept: UnitRows, units: Sequence[Unit]
+) -> Iterator[Unit]:
+    """Have units made; gives each when its rows are kept."""
+    if not units:
+        return
     import ray.data
 
-    units = suite.units()
-    arguments = (suite, registry.pin_model(config.model, config.storage), storage.absolute(config.storage))
+    arguments = (
+        suite,
+        model.spec,
+        storage.absolute(config.storage),
+        replace(kept, folder=storage.absolute(kept.folder)),
+    )
     dataset = ray.data.from_items([asdict(unit) for unit in units], override_num_blocks=len(units)).map_batches(
         SuiteActor,
         fn_constructor_args=arguments,
@@ -198,22 +289,66 @@ def _work_through(suite: EvaluationSuite, config: EvaluateConfig) -> list[Row]:
         batch_size=1,
         num_cpus=config.actor_cpus,
     )
-    rows: list[Row] = []
-    total = sum(unit.last - unit.first for unit in units)
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        rows += pa.table(batch).to_pylist()
-        print(f"evaluate {suite.path}: {len(rows)}/{total}", file=sys.stderr, flush=True)
-    order = {unit.kind: number for number, unit in enumerate(units)}
-    return sorted(rows, key=lambda row: (order[row["kind"]], row["index"]))
+    for row in dataset.iter_rows():
+        yield Unit(row["kind"], row["first"], row["last"])
+
+
+def _compare(ours: _Evaluated, theirs: _Evaluated, config: EvaluateConfig, parent_run_id: str | None) -> _Evaluated:
+    """Add to our files of scores what differs from theirs, unless it is there already."""
+    key = theirs.model.fingerprint
+    todo = [suite for suite in ours.suites if key not in ours.contents[suite.path].get("against", {})]
+    if not todo:
+        return ours
+    contents = dict(ours.contents)
+    with _open_run(config, ours.model, parent_run_id) as run:
+        run.set_tags({tracking.TAG_AGAINST: key})
+        for suite in todo:
+            folder = _folder(config, suite.path, ours.model.fingerprint)
+            own, others = (
+                UnitRows.of(suite, _folder(config, suite.path, one.model.fingerprint)).read_all()
+                for one in (ours, theirs)
+            )
+            assert own is not None
+            assert others is not None
+            found = pairs.differences(suite, own, others)
+            run.log_metrics({f"against/{suite.path}/{name}": interval.value for name, interval in found.items()})
+            run.log_metrics(_bounds(f"against/{suite.path}", found))
+            names = (_short(ours.model), _short(theirs.model))
+            sheets = pairs.draw_pairs(own, others, config.num_pictures, names)
+            _write_sheets({f"against-{key}-{kind}": sheet for kind, sheet in sheets.items()}, suite, folder, run)
+            entry = {
+                "model": theirs.model.spec,
+                "differences": {name: interval.to_json() for name, interval in found.items()},
+                "run_id": run.run_id,
+            }
+            content = contents[suite.path]
+            contents[suite.path] = {**content, "against": {**content.get("against", {}), key: entry}}
+            _write_scores(config, suite, contents[suite.path], run)
+    return replace(ours, contents=contents, is_reused=False)
+
+
+def _write_sheets(sheets: Mapping[str, Image.Image], suite: EvaluationSuite, folder: str, run: tracking.Run) -> None:
+    for name, sheet in sheets.items():
+        buffer = io.BytesIO()
+        sheet.save(buffer, "PNG")
+        storage.write_bytes_atomic(storage.join(folder, f"{name}.png"), buffer.getvalue())
+        run.log_image(sheet, f"{suite.path}/{name}.png")
+
+
+def _write_scores(
+    config: EvaluateConfig, suite: EvaluationSuite, content: Mapping[str, Any], run: tracking.Run
+) -> None:
+    storage.write_json(registry.scores_uri(config.storage, content["fingerprint"], suite.path), content)
+    run.log_text(json.dumps(content, indent=2), f"{suite.path}/scores.json")
 
 
 def _stored(config: EvaluateConfig, suite: EvaluationSuite, fingerprint: str) -> dict[str, Any] | None:
-    """What an earlier evaluation under the same settings left, if there is one."""
-    uri = registry.scores_uri(config.storage, fingerprint, suite.path)
-    if not storage.exists(uri):
+    """What an earlier evaluation under the same settings left, if there is one, with its rows."""
+    content = storage.find_json(registry.scores_uri(config.storage, fingerprint, suite.path))
+    if content is None or content.get("settings") != suite.settings or "intervals" not in content:
         return None
-    content: dict[str, Any] = json.loads(storage.read_bytes(uri))
-    return content if content["settings"] == suite.settings else None
+    is_whole = UnitRows.of(suite, _folder(config, suite.path, fingerprint)).has_all()
+    return content if is_whole else None
 
 
 def _folder(config: EvaluateConfig, suite: str, fingerprint: str) -> str:
@@ -222,27 +357,41 @@ def _folder(config: EvaluateConfig, suite: str, fingerprint: str) -> str:
 
 
 def _report(
-    config: EvaluateConfig,
-    meter: runtime.CpuMeter,
-    fingerprint: str,
-    stored: Mapping[str, dict[str, Any] | None],
-    *,
-    reused: bool,
+    config: EvaluateConfig, meter: runtime.CpuMeter, ours: _Evaluated, other: _Model | None, is_reused: bool
 ) -> JobReport:
-    contents = {name: content for name, content in stored.items() if content is not None}
-    return JobReport(
-        job="evaluate",
-        seconds=meter.seconds,
-        cpu_seconds=meter.cpu_seconds,
-        samples=sum(int(content["scores"]["n"]) for content in contents.values()),
-        outputs={
-            "fingerprint": fingerprint,
-            "scores": {name: content["scores"] for name, content in contents.items()},
-            "sheets": [_folder(config, name, fingerprint) for name in contents],
-            "run_id": next(content["run_id"] for content in contents.values()),
-        },
-        reused=reused,
+    outputs: dict[str, Any] = {
+        "model": ours.model.spec,
+        "fingerprint": ours.model.fingerprint,
+        "scores": {name: content["scores"] for name, content in ours.contents.items()},
+        "intervals": {name: content["intervals"] for name, content in ours.contents.items()},
+        "sheets": [_folder(config, name, ours.model.fingerprint) for name in ours.contents],
+        "run_id": next(content["run_id"] for content in ours.contents.values()),
+    }
+    if other is not None:
+        found = {name: content["against"][other.fingerprint] for name, content in ours.contents.items()}
+        outputs["against"] = {
+            "model": other.spec,
+            "fingerprint": other.fingerprint,
+            "differences": {name: entry["differences"] for name, entry in found.items()},
+        }
+    samples = sum(int(content["scores"]["n"]) for content in ours.contents.values())
+    return JobReport("evaluate", meter.seconds, meter.cpu_seconds, samples=samples, outputs=outputs, reused=is_reused)
+
+
+def _short(model: _Model) -> str:
+    """A model's name on a sheet."""
+    return (
+        model.spec if model.spec.startswith("models:/") else f"{storage.name_of(model.spec)} ({model.fingerprint[:8]})"
     )
+
+
+def _bounds(prefix: str, intervals: Mapping[str, Interval]) -> dict[str, float]:
+    """Metrics of the bounds of scores and of the numbers of their items."""
+    return {
+        f"{prefix}/{name}.{bound}": float(getattr(interval, bound))
+        for name, interval in intervals.items()
+        for bound in ("low", "high", "n")
+    }
 
 
 def _flatten(scores: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -12,6 +12,7 @@ the next job on the same storage delivers it. MLflow takes the same metric, tag 
 |---|---|---|
 | nexusgen.job, nexusgen.stage | run | the entry point; the training stage |
 | nexusgen.fingerprint | run, model version | of the model that was used or made |
+| nexusgen.against | run | fingerprint of the model that an evaluation compares with |
 | nexusgen.parent | run | the road's run; beside mlflow.parentRunId, which the UI nests by |
 | nexusgen.parent | dataset input | the run that made the dataset |
 | nexusgen.digest | dataset input | the whole digest; MLflow's own field holds its first 36 characters |
@@ -65,6 +66,8 @@ METRICS = {
     "train/data_wait_fraction": "share of the step's time spent waiting for data",
     "train/mfu": "share of the devices' peak arithmetic in bf16 that the model needs; only where a GPU's peak is known",
     "eval/SUITE/METRIC": "a score of a suite; validation of a training run is the suite `validation`",
+    "eval/SUITE/METRIC.BOUND": "low and high of the score's 95 % interval, and n, the items that it is the mean of",
+    "against/SUITE/METRIC": "difference of a score to another model's on the same items; with .low, .high and .n",
     "data/samples": "samples read",
     "data/embedded": "samples embedded",
     "data/quarantined": "samples not used",
@@ -78,6 +81,7 @@ METRICS = {
 TAG_JOB = "nexusgen.job"
 TAG_STAGE = "nexusgen.stage"
 TAG_FINGERPRINT = "nexusgen.fingerprint"
+TAG_AGAINST = "nexusgen.against"
 TAG_PARENT = "nexusgen.parent"
 TAG_DIGEST = "nexusgen.digest"
 MLFLOW_PARENT = "mlflow.parentRunId"
@@ -166,7 +170,7 @@ def check_metric_names(names: Iterator[str] | Sequence[str] | Mapping[str, float
         is_known = (
             name in METRICS
             or (prefix == "data/quarantine" and last in REASON_CODES)
-            or re.fullmatch(r"eval/\w+/[\w./-]+", name) is not None
+            or re.fullmatch(r"(eval|against)/\w+/[\w./-]+", name) is not None
         )
         if not is_known:
             raise ValueError(f"metric {name!r} is not in the table METRICS of pipelines/tracking.py")
