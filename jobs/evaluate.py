@@ -65,7 +65,7 @@ def _table(
         if differences is not None:
             row += _difference(differences.get(name))
         rows.append(row)
-    return format_table(header + (["difference", "95 % interval", ""] if differences is not None else []), rows)
+    return format_table(header + (["difference", "95 % interval  "] if differences is not None else []), rows)
 
 
 def _bounds(interval: Mapping[str, Any], sign: str = "") -> str:
@@ -74,9 +74,9 @@ def _bounds(interval: Mapping[str, Any], sign: str = "") -> str:
 
 def _difference(interval: Mapping[str, Any] | None) -> list[str]:
     if interval is None:
-        return ["", "", ""]
+        return ["", ""]
     is_sure = interval["low"] > 0 or interval["high"] < 0
-    return [f"{interval['value']:+.3f}", _bounds(interval, "+"), "*" if is_sure else ""]
+    return [f"{interval['value']:+.3f}", f"{_bounds(interval, '+')} {'*' if is_sure else ' '}"]
 
 
 def _flatten(scores: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

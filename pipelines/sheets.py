@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 GREEN, RED, GREY = (46, 160, 67), (207, 34, 46), (208, 215, 222)
 PICTURE_PX = 128  # shorter sides are enlarged to this, pixels kept square
 _FRAME_PX = 4
+_SEAM_PX = 2  # of the frame's colour, between pictures of one sample: two of one background would look like one
 _GAP_PX = 10
 _LINE_PX = 13
 _NUM_LINES = 3
@@ -29,7 +30,7 @@ class Cell:
 def draw_sheet(cells: Sequence[Cell], num_columns: int, title: str = "") -> Image.Image:
     """All cells in rows of `num_columns`, as one picture."""
     pictures_per_cell = max((len(cell.pictures) for cell in cells), default=1)
-    width = pictures_per_cell * PICTURE_PX + 2 * _FRAME_PX
+    width = pictures_per_cell * (PICTURE_PX + _SEAM_PX) - _SEAM_PX + 2 * _FRAME_PX
     height = PICTURE_PX + 2 * _FRAME_PX + _NUM_LINES * _LINE_PX
     num_columns = max(1, min(num_columns, len(cells)))
     num_rows = -(-len(cells) // num_columns)
@@ -46,7 +47,7 @@ def draw_sheet(cells: Sequence[Cell], num_columns: int, title: str = "") -> Imag
         colour = GREY if cell.passed is None else GREEN if cell.passed else RED
         pen.rectangle((x, y, x + width - 1, y + PICTURE_PX + 2 * _FRAME_PX - 1), colour)
         for column, picture in enumerate(cell.pictures):
-            sheet.paste(_fit(picture), (x + _FRAME_PX + column * PICTURE_PX, y + _FRAME_PX))
+            sheet.paste(_fit(picture), (x + _FRAME_PX + column * (PICTURE_PX + _SEAM_PX), y + _FRAME_PX))
         for line, text in enumerate(_wrap(cell.text, int(width / _CHARACTER_PX))):
             pen.text((x, y + PICTURE_PX + 2 * _FRAME_PX + line * _LINE_PX), text, "black", font)
     return sheet

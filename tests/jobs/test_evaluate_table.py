@@ -48,7 +48,7 @@ def test_a_difference_beyond_chance_is_marked(low: float, mark: str) -> None:
     lines = evaluate.describe(report(against=against)).splitlines()
     assert lines[2] == "  against models:/nexusgen/1 (theirs), on the same items"
     (line,) = [line for line in lines if line.startswith("generation/overall")]
-    assert line.endswith(f"24      +0.100  {low:+.3f} to +0.200  {mark}".rstrip())
+    assert line.endswith(f"24      +0.100  {low:+.3f} to +0.200 {mark}".rstrip())
 
 
 def test_against_on_the_command_line_is_the_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
