@@ -78,7 +78,7 @@ def _edited(browser: Browser, url: str, options: dict[str, Any]) -> bytes:
     _go(page, "Generate")
     _ask(page, "a circle and a cross")
     page.locator(".feed:visible .picture .edit").last.tap()
-    _ask(page, "Remove the cross.")
+    _ask(page, "Make the cross green.")
     return page.screenshot()
 
 
