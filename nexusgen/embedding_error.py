@@ -52,4 +52,3 @@ def mean_embedding_errors(targets: Float[Tensor, "images tokens hidden"]) -> Pos
     """
     targets = targets.float()
     return position_errors(targets.mean(dim=0, keepdim=True).expand_as(targets), targets)
-

@@ -5,8 +5,6 @@ Pictures are drawn without a display. The page needs nothing beside it: its pict
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from nexusgen.schema import IMAGE_MARK, TASKS
+from pipelines.html_page import Html, card, cards, data_uri, escape, heading, page, picture, table, text_line, to_png
 from pipelines.inspect import Shown
 from pipelines.sheets import Cell, draw_sheet, is_drawable
 
@@ -26,12 +25,6 @@ NUM_COLUMNS = 6
 MAX_BARS = 8
 MAX_ROWS_SHOWN = 50
 _BLUE, _RED = "#3b6ea8", "#cf222e"
-_STYLE = """body{font:15px/1.45 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#1f2328}
-h2{margin-top:2em;border-bottom:1px solid #d0d7de}table{border-collapse:collapse;margin:.5em 0}
-td,th{padding:.2em .8em .2em 0;text-align:left;vertical-align:top;border-bottom:1px solid #eaeef2}
-img.wide{max-width:100%}.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(240px,1fr));gap:12px}
-.card{border:1px solid #d0d7de;border-radius:6px;padding:8px;font-size:13px;overflow-wrap:anywhere}
-.card img{max-height:128px;margin-right:4px;background:#fff}.key,.role{color:#656d76;font-size:12px}"""
 
 
 def write_report(folder: Path, found: Mapping[str, Any], text: str, shown: Sequence[Shown]) -> list[Path]:
@@ -40,7 +33,7 @@ def write_report(folder: Path, found: Mapping[str, Any], text: str, shown: Seque
     files = {
         "inspect.json": json.dumps(found, indent=2, ensure_ascii=False).encode(),
         "inspect.txt": f"{text}\n".encode(),
-        **{f"samples-{task}.png": _png(sheet) for task, sheet in sheets.items() if sheet is not None},
+        **{f"samples-{task}.png": to_png(sheet) for task, sheet in sheets.items() if sheet is not None},
         "histograms.png": draw_histograms(found),
     }
     files["inspect.html"] = _page(found, text, shown, files["histograms.png"]).encode()
@@ -169,62 +162,39 @@ def _say_none(place: Axes) -> None:
 
 def _page(found: Mapping[str, Any], text: str, shown: Sequence[Shown], histograms: bytes) -> str:
     parts = [
-        "<!doctype html><meta charset='utf-8'><title>nexusgen inspect</title>",
-        f"<style>{_STYLE}</style><h1>nexusgen inspect</h1><pre>{html.escape(text)}</pre>",
-        f"<h2>Counts</h2><img class='wide' alt='histograms' src='{_data_uri(histograms, 'png')}'>",
+        Html(f"<pre>{escape(text)}</pre>"),
+        heading("Counts"),
+        Html(f'<img class="wide" alt="histograms" src="{data_uri(histograms, "png")}">'),
     ]
     for kind, groups in found["duplicate_groups"].items():
         rows = [
             (group["count"], "; ".join(f"{place['shard']} {place['key']}" for place in group["first"]))
             for group in groups
         ]
-        parts.append(_table(f"Duplicate {kind}", ("times", "where first"), rows))
+        parts += _titled(f"Duplicate {kind}", ("times", "where first"), rows)
     odd = [(place["shard"], place["convention"]) for place in found["conventions"]["odd_shards"]]
     majority = found["conventions"]["majority"]
-    parts.append(_table(f"Shards that aren't {majority}", ("shard", "convention"), odd))
+    parts += _titled(f"Shards that aren't {majority}", ("shard", "convention"), odd)
     columns = ("shard", "key", "reason_code", "reason")
     bad = [tuple(row[name] for name in columns) for row in found["quarantined"][:MAX_ROWS_SHOWN]]
     title = f"Quarantined: {found['quarantined_total']:,}"
     more = f", of which the first {len(bad)}; more in inspect.json" if found["quarantined_total"] > len(bad) else ""
-    parts.append(_table(title + more, columns, bad))
+    parts += _titled(title + more, columns, bad)
     for task in TASKS:
-        cards = [_card(sample) for sample in shown if sample.task == task]
-        if cards:
-            parts.append(f"<h2>Samples: {task}</h2><div class='cards'>{''.join(cards)}</div>")
-    return "\n".join(part for part in parts if part)
+        of_task = [_card(sample) for sample in shown if sample.task == task]
+        if of_task:
+            parts += [heading(f"Samples: {task}"), cards(of_task)]
+    return page("nexusgen inspect", parts)
 
 
-def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    if not rows:
-        return ""
-    lines = ["".join(f"<th>{html.escape(name)}</th>" for name in header)]
-    lines += ["".join(f"<td>{html.escape(str(value))}</td>" for value in row) for row in rows]
-    return f"<h2>{html.escape(title)}</h2><table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+def _titled(title: str, header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[Html]:
+    """A table below its title; neither without rows."""
+    return [heading(title), table(header, rows)] if rows else []
 
 
-def _card(sample: Shown) -> str:
-    pictures = "".join(f"<img alt='' src='{_data_uri(_jpeg(picture), 'jpeg')}'>" for picture in sample.pictures)
+def _card(sample: Shown) -> Html:
     hidden = sample.num_images - len(sample.pictures)
-    more = f"<div class='role'>{hidden} more images</div>" if hidden else ""
-    spoken = "".join(
-        f"<div><span class='role'>{message.role}:</span> {html.escape(message.content[:600])}</div>"
-        for message in sample.messages
-    )
-    name = html.escape(f"{sample.shard.rpartition('/')[2]} {sample.key}")
-    return f"<div class='card'>{pictures}{more}<div class='key'>{name}</div>{spoken}</div>"
-
-
-def _data_uri(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
-
-
-def _jpeg(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()
+    lines = [text_line(f"{hidden} more images", "role")] if hidden else []
+    lines.append(text_line(f"{sample.shard.rpartition('/')[2]} {sample.key}", "key"))
+    lines += [text_line(message.content, label=message.role) for message in sample.messages]
+    return card([picture(shown) for shown in sample.pictures], lines)
