@@ -42,13 +42,3 @@ def position_errors(
         mse=(predictions - targets).square().mean(dim=-1),
         cosine=F.cosine_similarity(predictions, targets, dim=-1),
     )
-
-
-def mean_embedding_errors(targets: Float[Tensor, "images tokens hidden"]) -> PositionErrors:
-    """The errors of always predicting, at each position, the mean of these very targets there.
-
-    No constant has a smaller MSE on them, so a prediction that doesn't beat it says nothing about its image.
-    Raises: as `position_errors`.
-    """
-    targets = targets.float()
-    return position_errors(targets.mean(dim=0, keepdim=True).expand_as(targets), targets)

@@ -123,7 +123,7 @@ def predict_embeddings(
     for prompt in prompts:
         check_prompt(prompt)
     requests = _read(model, [drawing_messages(prompt) for prompt in prompts], [])
-    return _predict(model, requests, image_mode)
+    return predict_images(model, requests, image_mode)
 
 
 def predict_edits(
@@ -136,10 +136,16 @@ def predict_edits(
     for instruction in instructions:
         check_instruction(instruction)
     requests = _read(model, [edit_messages(instruction) for instruction in instructions], images)
-    return _predict(model, requests, ImageMode.ONE_PASS)
+    return predict_images(model, requests)
 
 
-def _predict(model: Model, requests: Sequence[Prompt], image_mode: ImageMode) -> Float[Tensor, "prompts tokens hidden"]:
+def predict_images(
+    model: Model, requests: Sequence[Prompt], image_mode: ImageMode = ImageMode.ONE_PASS
+) -> Float[Tensor, "prompts tokens hidden"]:
+    """The embeddings of the first image of each reply, as at inference: the model writes what precedes it by itself.
+
+    Raises: ModelError if the folder has no autoregressive part; InputError for a prompt that is too long.
+    """
     autoregressive, tokenizer = _autoregressive_part(model)
     params = drawing_params(autoregressive.geometry)
     room = params.max_new_tokens
