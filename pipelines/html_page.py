@@ -34,10 +34,12 @@ pre{white-space:pre-wrap}p.note,.pale{color:var(--pale)}p.note{margin:.2em 0 .8e
 table{border-collapse:collapse;margin:.5em 0;max-width:100%}
 td,th{padding:.2em .9em .2em 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line)}
 td.number,th.number{text-align:right;font-variant-numeric:tabular-nums;overflow-wrap:normal}
+@media(max-width:600px){table{font-size:13px}td,th{padding-right:.6em}}
 td.number:last-child,th.number:last-child{padding-right:0}
 img.wide{max-width:100%;background:#fff}
 .plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:16px}
-figure{margin:0}figure svg{display:block;width:100%;height:auto;max-width:560px}
+figure{margin:0}figcaption.plot{font-weight:600;margin-bottom:4px}
+figure svg{display:block;width:100%;height:auto;max-width:560px}
 svg text{fill:var(--ink);font:11px system-ui,sans-serif}svg .pale{fill:var(--pale)}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,240px),1fr));gap:12px}
 .card{border:1px solid var(--line);border-radius:6px;padding:8px;font-size:13px;background:var(--card);min-width:0}
@@ -85,7 +87,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], numbers: Sequ
 
     def line(tag: str, values: Sequence[object]) -> str:
         cells = (
-            f"<{tag}{_class('number' if place in numbers else '')}>{escape(value)}</{tag}>"
+            f"<{tag}{_class('number' if place in numbers else '')}>{_breakable(value)}</{tag}>"
             for place, value in enumerate(values)
         )
         return f"<tr>{''.join(cells)}</tr>"
@@ -108,6 +110,12 @@ def picture(shown: Image.Image | bytes, caption: str = "", alternative: str = ""
         f'<figure><img{_class("small" if is_small else "")} width="{image.width}" height="{image.height}" '
         f'alt="{escape(alternative or caption)}" src="{data_uri(data, kind)}">{below}</figure>'
     )
+
+
+def wide_picture(shown: Image.Image | bytes, alternative: str) -> Html:
+    """A large picture, bit for bit, as wide as the page at most."""
+    data = shown if isinstance(shown, bytes) else to_png(shown)
+    return Html(f'<img class="wide" alt="{escape(alternative)}" src="{data_uri(data, "png")}">')
 
 
 def card(pictures: Iterable[Html], lines: Iterable[Html], passed: bool | None = None) -> Html:
@@ -143,6 +151,11 @@ def to_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
+
+
+def _breakable(value: object) -> Html:
+    """A text whose long names may be broken where their words end."""
+    return Html(escape(value).replace("/", "/<wbr>").replace("_", "_<wbr>"))
 
 
 def _class(names: str) -> str:

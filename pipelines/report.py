@@ -14,7 +14,19 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from nexusgen.schema import IMAGE_MARK, TASKS
-from pipelines.html_page import Html, card, cards, data_uri, escape, heading, page, picture, table, text_line, to_png
+from pipelines.html_page import (
+    Html,
+    card,
+    cards,
+    escape,
+    heading,
+    page,
+    picture,
+    table,
+    text_line,
+    to_png,
+    wide_picture,
+)
 from pipelines.inspect import Shown
 from pipelines.sheets import Cell, draw_sheet, is_drawable
 
@@ -164,7 +176,7 @@ def _page(found: Mapping[str, Any], text: str, shown: Sequence[Shown], histogram
     parts = [
         Html(f"<pre>{escape(text)}</pre>"),
         heading("Counts"),
-        Html(f'<img class="wide" alt="histograms" src="{data_uri(histograms, "png")}">'),
+        wide_picture(histograms, "histograms"),
     ]
     for kind, groups in found["duplicate_groups"].items():
         rows = [
