@@ -1,7 +1,7 @@
 """`nexusgen evaluate`: scores of a model folder or registered version, by batch inference on Ray Data.
 
 Suites (see suites.py) cut their items into units of one batch each; actors that hold the model turn units into rows,
-which are kept as they are made (unit_rows.py). Rows, contact sheets and scores land in
+which are kept as they are made (unit_rows.py). Rows, contact sheets, scores and a report (evaluation_report.py) land in
 STORAGE/evaluations/FINGERPRINT/SUITE/ together with the settings that they were made under: the same weights under the
 same settings are not evaluated again. With `against`, another model is evaluated on the same items if it hasn't been
 yet, and both are compared item by item (pairs.py). `scores.json`, which the gate reads:
@@ -30,17 +30,22 @@ from pydantic import Field, model_validator
 
 from nexusgen.config import Config, dump_config
 from nexusgen.errors import UsageError
+from nexusgen.model.decoder import ConditionerKind
 from nexusgen.model.manifest import Manifest, read_manifest
 from nexusgen.model.weights import DRAWING_PARTS, load_model
 from nexusgen.statistics import Interval, mean_of_groups_interval
 from pipelines import embedded, pairs, registry, runtime, storage, tracking
+from pipelines.evaluation_report import REPORT_NAME, report_page
+from pipelines.evaluation_samples import DemoWorldSamples, StoredSamples
 from pipelines.runtime import JobReport
 from pipelines.suite_demo_world import DemoWorldSuite
-from pipelines.suite_retrieval import RetrievalSuite
-from pipelines.suites import EvaluationSuite, Row, Unit
+from pipelines.suite_embedding_prediction import EmbeddingPredictionSuite
+from pipelines.suite_held_out import HeldOutSuite
+from pipelines.suite_reconstruction import ReconstructionSuite
+from pipelines.suites import EvaluationSuite, Row, SuiteResult, Unit
 from pipelines.unit_rows import UnitRows
 
-SuiteName = Literal["demo_world", "retrieval"]
+SuiteName = Literal["demo_world", "reconstruction", "embedding_prediction", "held_out"]
 EVALUATED_PARTS = (*DRAWING_PARTS, "editing_decoder")
 READER_CPUS = 1.0  # Ray Data's own tasks, beside the actors
 
@@ -61,9 +66,12 @@ class EvaluateConfig(Config):
     num_explicit: Annotated[int, Field(ge=0)] = 96
     num_questions: Annotated[int, Field(ge=0)] = 144
     num_edits: Annotated[int, Field(ge=0)] = 0
-    data: str | None = Field(default=None, description="retrieval: name of embedded data of mode vision, held out")
-    max_samples: Annotated[int, Field(ge=1)] = Field(default=512, description="retrieval: the first so many targets")
-    num_targets: Annotated[int, Field(ge=2)] = Field(default=64, description="retrieval: targets to choose among")
+    data: str | None = Field(
+        default=None,
+        description="embedded data of mode vision, held out, for all suites but demo_world; None: scenes of that world",
+    )
+    max_samples: Annotated[int, Field(ge=2)] = Field(default=256, description="of these suites: the first so many")
+    num_targets: Annotated[int, Field(ge=2)] = Field(default=64, description="held_out: targets to choose among")
     num_pictures: Annotated[int, Field(ge=0)] = Field(default=24, description="samples on a contact sheet")
     batch_size: Annotated[int, Field(ge=1)] = 24
     num_actors: Annotated[int, Field(ge=1)] = 2
@@ -71,8 +79,8 @@ class EvaluateConfig(Config):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if "retrieval" in self.suites and self.data is None:
-            raise ValueError("suite retrieval needs data=NAME, the name of embedded data of mode vision")
+        if "held_out" in self.suites and self.data is None:
+            raise ValueError("suite held_out needs data=NAME, the name of embedded data of mode vision")
         if not self.suites:
             raise ValueError("suites is empty: name at least one")
         return self
@@ -94,7 +102,7 @@ def evaluate(config: EvaluateConfig, parent_run_id: str | None = None) -> JobRep
                 f"model={config.model} and against={config.against} are the same weights ({model.fingerprint}): "
                 "name another version or folder to compare with"
             )
-        suites = _suites(config)
+        suites = _suites(config, [model.manifest] if other is None else [model.manifest, other.manifest])
         for suite in suites:
             for one in (model, other):
                 if one is not None:
@@ -156,38 +164,50 @@ class SuiteActor:
         return batch
 
 
-def _suites(config: EvaluateConfig) -> list[EvaluationSuite]:
-    """The suites asked for, each with the settings that concern it."""
+def _suites(config: EvaluateConfig, manifests: Sequence[Manifest]) -> list[EvaluationSuite]:
+    """The suites asked for, each with the settings that concern it. Raises: InputError if there is no such data."""
+    drawn: dict[str, Any] = {
+        "seed": config.seed,
+        "steps": config.steps,
+        "num_pictures": config.num_pictures,
+        "batch_size": config.batch_size,
+    }
+    stored = _stored_samples(config) if set(config.suites) - {"demo_world"} else None
+    samples = stored or DemoWorldSamples(seed=config.seed, max_samples=config.max_samples)
+    decoders: tuple[ConditionerKind, ...] = tuple(
+        kind for kind in ("generation", "editing") if all(f"{kind}_decoder" in found.parts for found in manifests)
+    )
     suites: list[EvaluationSuite] = []
-    if "demo_world" in config.suites:
-        suites.append(
-            DemoWorldSuite(
-                seed=config.seed,
-                steps=config.steps,
-                per_category=config.per_category,
-                num_explicit=config.num_explicit,
-                num_questions=config.num_questions,
-                num_edits=config.num_edits,
-                num_pictures=config.num_pictures,
-                batch_size=config.batch_size,
+    for name in config.suites:
+        if name == "demo_world":
+            suites.append(
+                DemoWorldSuite(
+                    per_category=config.per_category,
+                    num_explicit=config.num_explicit,
+                    num_questions=config.num_questions,
+                    num_edits=config.num_edits,
+                    **drawn,
+                )
             )
-        )
-    if "retrieval" in config.suites:
-        assert config.data is not None
-        suites.append(
-            RetrievalSuite(
-                storage=storage.absolute(config.storage),
-                data=config.data,
-                data_digest=embedded.read_manifest(config.storage, config.data, "vision").digest,
-                seed=config.seed,
-                steps=config.steps,
-                max_samples=config.max_samples,
-                num_targets=config.num_targets,
-                num_pictures=config.num_pictures,
-                batch_size=config.batch_size,
-            )
-        )
+        elif name == "reconstruction":
+            suites.append(ReconstructionSuite(samples=samples, decoders=decoders, **drawn))
+        elif name == "embedding_prediction":
+            suites.append(EmbeddingPredictionSuite(samples=samples, **drawn))
+        else:
+            assert stored is not None
+            suites.append(HeldOutSuite(samples=stored, num_targets=config.num_targets, **drawn))
     return suites
+
+
+def _stored_samples(config: EvaluateConfig) -> StoredSamples | None:
+    if config.data is None:
+        return None
+    return StoredSamples(
+        storage=storage.absolute(config.storage),
+        data=config.data,
+        data_digest=embedded.read_manifest(config.storage, config.data, "vision").digest,
+        max_samples=config.max_samples,
+    )
 
 
 def _evaluate_suites(
@@ -245,6 +265,7 @@ def _run(
         "intervals": {name: interval.to_json() for name, interval in intervals.items()},
         "run_id": run.run_id,
     }
+    _write_report(folder, content, rows, result, {}, run)
     _write_scores(config, suite, content, run)
     kept.remove_parts()
     return content, num_made
@@ -323,6 +344,7 @@ def _compare(ours: _Evaluated, theirs: _Evaluated, config: EvaluateConfig, paren
             }
             content = contents[suite.path]
             contents[suite.path] = {**content, "against": {**content.get("against", {}), key: entry}}
+            _write_report(folder, contents[suite.path], own, suite.summarise(own), sheets, run)
             _write_scores(config, suite, contents[suite.path], run)
     return replace(ours, contents=contents, is_reused=False)
 
@@ -333,6 +355,20 @@ def _write_sheets(sheets: Mapping[str, Image.Image], suite: EvaluationSuite, fol
         sheet.save(buffer, "PNG")
         storage.write_bytes_atomic(storage.join(folder, f"{name}.png"), buffer.getvalue())
         run.log_image(sheet, f"{suite.path}/{name}.png")
+
+
+def _write_report(
+    folder: str,
+    content: Mapping[str, Any],
+    rows: Sequence[Row],
+    result: SuiteResult,
+    sheets_of_pairs: Mapping[str, Image.Image],
+    run: tracking.Run,
+) -> None:
+    """The suite's page, beside its rows and in MLflow."""
+    page = report_page(content, rows, result.plots, sheets_of_pairs)
+    storage.write_bytes_atomic(storage.join(folder, REPORT_NAME), page.encode())
+    run.log_text(page, f"{content['suite']}/{REPORT_NAME}")
 
 
 def _write_scores(

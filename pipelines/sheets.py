@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -56,6 +58,14 @@ def draw_sheet(cells: Sequence[Cell], num_columns: int, title: str = "") -> Imag
 def is_drawable(text: str) -> bool:
     """Whether PIL's own font has the text's characters; it has no Chinese."""
     return all(ord(character) < 0x250 for character in text)
+
+
+def sample_cell(row: Mapping[str, Any], columns: Sequence[str], passed: bool | None, before: str = "") -> Cell:
+    """The cell of a sample's row: its pictures (PNG; grey where there is none), and its prompt or key."""
+    shown = [row[name] for name in columns]
+    pictures = tuple(Image.open(io.BytesIO(png)) if png else Image.new("RGB", (8, 8), "lightgrey") for png in shown)
+    text = row["prompt"] if is_drawable(row["prompt"]) else f"({row['lang']}) {row['key']}"
+    return Cell(pictures, before + text, passed)
 
 
 def _fit(picture: Image.Image) -> Image.Image:

@@ -6,7 +6,9 @@ worker is built in an actor, around a model loaded there. Suites stand in module
 | suite | rows are | scores |
 |---|---|---|
 | `suite_demo_world.py` | a prompt or edit with its picture, a question with its answer | by category, language, kind |
-| `suite_retrieval.py` | a held-out sample with its predicted and true embedding | recall@1 among N, MSE, cosine |
+| `suite_reconstruction.py` | a picture drawn from its own embeddings | PSNR, SSIM, distance in the vision space |
+| `suite_embedding_prediction.py` | a sample's errors, teacher-forced and free-running | MSE, cosine by position |
+| `suite_held_out.py` | a sample of own tars with its prediction | losses, recall@1 and @5 among N |
 
 Rows of all suites have a column `prompt`, a `score` where an item has one, and pictures as PNG in `png` (made by the
 model), `source_png` (edited from) and `target_png` (the wanted one).
@@ -26,6 +28,7 @@ from nexusgen.errors import ModelError
 from nexusgen.model.manifest import Manifest
 from nexusgen.model.weights import Model
 from nexusgen.statistics import mean_of_groups
+from pipelines.html_page import Html
 
 Row = dict[str, Any]
 Measures = dict[str, Sequence[Sequence[float]]]
@@ -43,10 +46,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """Scores (numbers, nested by name) and contact sheets by name."""
+    """Scores (numbers, nested by name), contact sheets by name, and plots for the report (`plots.py`)."""
 
     scores: dict[str, Any]
     sheets: dict[str, Image.Image]
+    plots: tuple[Html, ...] = ()
 
 
 class EvaluationSuite(Protocol):

@@ -35,7 +35,7 @@ def config_for(storage: Path, model: Path, **changes: Any) -> EvaluateConfig:
         "storage": str(storage),
         "name": "test",
         "model": str(model),
-        "suites": ["demo_world", "retrieval"],
+        "suites": ["demo_world", "held_out"],
         "data": "held-out",
         "per_category": 1,
         "num_explicit": 2,
@@ -54,7 +54,7 @@ def test_scores_land_in_storage_and_mlflow_and_are_used_again(ray_cluster: Any, 
     config = config_for(tmp_path, model)
     report = evaluate(config)
     assert not report.reused
-    assert report.samples == 6 + 2 + 2 + 8
+    assert report.samples == 6 + 2 + 2 + 12
     fingerprint = read_manifest(model).fingerprint
     folder = tmp_path / "evaluations" / fingerprint / "demo_world"
     rows = pq.read_table(folder / "results.parquet").to_pylist()
@@ -78,7 +78,7 @@ def test_scores_land_in_storage_and_mlflow_and_are_used_again(ray_cluster: Any, 
     run = client.get_run(report.outputs["run_id"])
     assert run.info.status == "FINISHED"
     assert run.data.metrics["eval/demo_world/generation/overall"] == content["scores"]["generation"]["overall"]
-    assert "eval/retrieval/held-out/recall_at_1" in run.data.metrics
+    assert "eval/held_out/held-out/recall_at_1" in run.data.metrics
     bounds = [run.data.metrics[f"eval/demo_world/generation/overall.{bound}"] for bound in ("low", "high", "n")]
     assert bounds == [intervals["generation/overall"][bound] for bound in ("low", "high", "n")]
     assert run.data.tags[tracking.TAG_FINGERPRINT] == fingerprint
@@ -90,9 +90,9 @@ def test_scores_land_in_storage_and_mlflow_and_are_used_again(ray_cluster: Any, 
     assert again.seconds < 5
 
 
-def test_retrieval_without_data_is_a_config_error(tmp_path: Path) -> None:
+def test_held_out_without_data_is_a_config_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="data=NAME"):
-        parse_config(EvaluateConfig, {"storage": str(tmp_path), "model": "demo-base", "suites": ["retrieval"]}, "test")
+        parse_config(EvaluateConfig, {"storage": str(tmp_path), "model": "demo-base", "suites": ["held_out"]}, "test")
 
 
 def test_a_folder_that_isnt_a_model_is_refused_before_anything_starts(tmp_path: Path) -> None:

@@ -1,29 +1,23 @@
-"""What the suites measure, without Ray: perfect and wrong pictures, retrieval on made-up and on embedded data."""
+"""What the suite of the demo world measures, without Ray: perfect and wrong pictures."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from PIL import Image
-from tiny_training import make_embedded, make_tiny_model
+from tiny_training import make_tiny_model
 
 from nexusgen import shapes
 from nexusgen.base_training import IMAGE_SIZE
-from nexusgen.errors import FingerprintError, InputError
-from nexusgen.model.manifest import read_manifest
 from nexusgen.model.weights import Model, load_model
 from nexusgen.statistics import mean_of_groups
-from pipelines import embedded, suite_demo_world
-from pipelines.arrays import decode_entry
+from pipelines import suite_demo_world
 from pipelines.suite_demo_world import DemoWorldSuite
-from pipelines.suite_retrieval import RetrievalSuite, find_targets
 from pipelines.suites import EvaluationSuite, Unit
 
 WORLD = DemoWorldSuite(
@@ -169,70 +163,3 @@ def test_sheets_show_the_first_pictures(rows: list[dict[str, Any]]) -> None:
     assert set(result.sheets) == {"samples", "generation", "explicit", "editing"}
     assert result.scores["n"] == 20
     assert 0 <= result.scores["understanding"]["overall"] <= 1
-
-
-def test_find_targets_counts_only_the_nearest() -> None:
-    targets = torch.randn(40, 4, 8, generator=torch.Generator().manual_seed(0)) + 5  # a large common part
-    exact, num_targets = find_targets(targets + 0.1, targets, 16, seed=0)
-    assert exact.all()
-    assert num_targets == 16
-    wrong, _ = find_targets(targets.roll(1, 0), targets, 40, seed=0)
-    assert not wrong.any()
-    constant, _ = find_targets(targets.mean(0, keepdim=True).expand_as(targets), targets, 16, seed=0)
-    assert constant.mean() < 0.25
-
-
-def test_find_targets_takes_equal_targets_as_one() -> None:
-    targets = torch.randn(6, 4, 8, generator=torch.Generator().manual_seed(1)).repeat(3, 1, 1)
-    hits, num_targets = find_targets(targets, targets, 64, seed=0)
-    assert hits.all()
-    assert num_targets == 6
-
-
-def retrieval(storage_uri: str, **changes: Any) -> RetrievalSuite:
-    values: dict[str, Any] = {"data": "held-out", "data_digest": "", "seed": 0, "steps": 2, "max_samples": 30}
-    values |= {"num_targets": 4, "num_pictures": 5, "batch_size": 4}
-    return RetrievalSuite(storage=storage_uri, **(values | changes))
-
-
-def test_retrieval_reads_every_target_once(model: Model, tmp_path: Path) -> None:
-    make_embedded(str(tmp_path), "held-out", model.folder, num_samples=30, rows_per_slice=9)
-    suite = retrieval(str(tmp_path))
-    suite.check(model.manifest)
-    rows = rows_of(suite, model)
-    assert [row["key"] for row in rows] == [f"sample-{n:04d}" for n in range(30) if n % 3 != 2]
-    assert {row["task"] for row in rows} == {"generation", "editing"}
-    stored = [
-        row
-        for info in embedded.list_slices(str(tmp_path), "held-out", "vision")
-        for row in embedded.read_slice(info).to_pylist()
-        if row["target_index"]
-    ]
-    for row, source in zip(rows, stored, strict=True):
-        expected = decode_entry(source["target_data"][-1], source["target_dtype"], (4, 4)).float()
-        assert row["target"] == expected.numpy().tobytes()
-    assert [row["png"] is not None for row in rows] == [n < 5 for n in range(20)]
-    result = suite.summarise(rows)
-    assert result.scores["num_targets"] == 4
-    assert result.scores["chance"] == 0.25
-    assert result.scores["mse_mean_embedding"] < result.scores["mse"]  # the weights are random
-    assert {"recall_at_1", "recall_at_1_generation", "recall_at_1_editing", "cosine"} <= set(result.scores)
-    assert set(result.sheets) == {"samples"}
-
-
-def test_prediction_of_a_sample_doesnt_depend_on_its_batch(model: Model, tmp_path: Path) -> None:
-    make_embedded(str(tmp_path), "held-out", model.folder, num_samples=12)
-    several = rows_of(retrieval(str(tmp_path), num_pictures=0), model)
-    alone = rows_of(retrieval(str(tmp_path), num_pictures=0, batch_size=1), model)
-    for one, other in zip(several, alone, strict=True):
-        predicted = [np.frombuffer(row["prediction"], np.float32) for row in (one, other)]
-        np.testing.assert_allclose(*predicted, atol=1e-5)
-
-
-def test_data_of_another_encoder_is_refused(model: Model, tmp_path: Path) -> None:
-    other = make_tiny_model(tmp_path / "other", seed=1)
-    make_embedded(str(tmp_path), "held-out", other, num_samples=6)
-    with pytest.raises(FingerprintError, match="embed it with this model"):
-        retrieval(str(tmp_path)).check(model.manifest)
-    with pytest.raises(InputError, match="no embedded data 'absent'"):
-        retrieval(str(tmp_path), data="absent").check(read_manifest(other))

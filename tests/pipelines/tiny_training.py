@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import math
+import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from PIL import Image
 
+from nexusgen import shapes
 from nexusgen.base_training import (
     GEOMETRY,
     HIDDEN_SIZE,
@@ -75,16 +80,36 @@ def make_embedded(
     num_samples: int = 60,
     rows_per_slice: int = 16,
     task_by_task: bool = False,
+    shard: str = "shard.tar",
 ) -> None:
     """Embedded data of all modes: three tasks, in turn or one after another; texts of unequal length, learnable
-    targets."""
+    targets. `shard` is where its pictures are said to be, see `write_shard`."""
     tokenizer = load_tokenizer(model / "autoregressive")
     order = sorted(range(num_samples), key=lambda number: number % 3) if task_by_task else range(num_samples)
-    rows = [_row(number, tokenizer) for number in order]
+    rows = [{**_row(number, tokenizer), "shard": shard} for number in order]
     fingerprints = read_manifest(model).fingerprints
     write_mode(storage_uri, name, "vision", fingerprints["vision"], rows, rows_per_slice)
     write_mode(storage_uri, name, "latents", fingerprints["vae"], rows, rows_per_slice)
     write_mode(storage_uri, name, "predicted", fingerprints["autoregressive"], rows, rows_per_slice)
+
+
+def write_shard(path: Path, storage_uri: str, name: str) -> None:
+    """A tar with the samples of embedded data: its own texts, and scenes of the demo world, larger than the model's."""
+    rng = np.random.default_rng(0)
+    slices = embedded.list_slices(storage_uri, name, "vision")
+    with tarfile.open(path, "w") as tar:
+        for row in (row for info in slices for row in embedded.read_slice(info, ["key", "messages"]).to_pylist()):
+            count = sum(message["content"].count("<image>") for message in row["messages"])
+            names = [f"{number}.png" for number in range(count)]
+            members = {"json": json.dumps({"id": row["key"], "images": names, "messages": row["messages"]}).encode()}
+            for picture in names:
+                buffer = io.BytesIO()
+                Image.fromarray(shapes.draw(shapes.sample_scene(rng), 120)).save(buffer, "PNG")
+                members[picture] = buffer.getvalue()
+            for member, data in members.items():
+                entry = tarfile.TarInfo(f"{row['key']}.{member}")
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
 
 
 def write_mode(
@@ -127,7 +152,6 @@ def _row(number: int, tokenizer: Any) -> dict[str, Any]:
     conversation = encode_conversation(tokenizer, messages, [grid] * len(roles))
     row: dict[str, Any] = {
         "key": f"sample-{number:04d}",
-        "shard": "shard.tar",
         "row": number,
         "task": task_of(messages),
         "lang": "en",
