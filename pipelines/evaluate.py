@@ -34,10 +34,12 @@ from nexusgen.model.decoder import ConditionerKind
 from nexusgen.model.manifest import Manifest, read_manifest
 from nexusgen.model.weights import DRAWING_PARTS, load_model
 from nexusgen.statistics import Interval, mean_of_groups_interval
-from pipelines import embedded, pairs, registry, runtime, storage, tracking
+from pipelines import embedded, judge, pairs, registry, runtime, storage, tracking
+from pipelines.benchmark_layouts import LAYOUTS, BenchmarkName, digest_prompts
 from pipelines.evaluation_report import REPORT_NAME, report_page
 from pipelines.evaluation_samples import DemoWorldSamples, StoredSamples
 from pipelines.runtime import JobReport
+from pipelines.suite_benchmarks import BenchmarkSuite, judges_of
 from pipelines.suite_demo_world import DemoWorldSuite
 from pipelines.suite_embedding_prediction import EmbeddingPredictionSuite
 from pipelines.suite_held_out import HeldOutSuite
@@ -45,7 +47,7 @@ from pipelines.suite_reconstruction import ReconstructionSuite
 from pipelines.suites import EvaluationSuite, Row, SuiteResult, Unit
 from pipelines.unit_rows import UnitRows
 
-SuiteName = Literal["demo_world", "reconstruction", "embedding_prediction", "held_out"]
+SuiteName = Literal["demo_world", "reconstruction", "embedding_prediction", "held_out"] | BenchmarkName
 EVALUATED_PARTS = (*DRAWING_PARTS, "editing_decoder")
 READER_CPUS = 1.0  # Ray Data's own tasks, beside the actors
 
@@ -72,10 +74,15 @@ class EvaluateConfig(Config):
     )
     max_samples: Annotated[int, Field(ge=2)] = Field(default=256, description="of these suites: the first so many")
     num_targets: Annotated[int, Field(ge=2)] = Field(default=64, description="held_out: targets to choose among")
+    prompts: str | None = Field(default=None, description="public benchmarks: the benchmark's own file, see the README")
+    images: str | None = Field(default=None, description="imgedit: the folder that its ids are paths below")
+    judge: str | None = Field(default=None, description="wise, imgedit, gedit: base URL that speaks OpenAI's chat")
+    judge_model: str | None = Field(default=None, description="what the judge's requests call its model")
     num_pictures: Annotated[int, Field(ge=0)] = Field(default=24, description="samples on a contact sheet")
     batch_size: Annotated[int, Field(ge=1)] = 24
     num_actors: Annotated[int, Field(ge=1)] = 2
     actor_cpus: Annotated[float, Field(gt=0)] = 1.0
+    actor_gpus: Annotated[float, Field(ge=0)] = Field(default=0.0, description="more than 0: bfloat16 on a GPU")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -83,7 +90,35 @@ class EvaluateConfig(Config):
             raise ValueError("suite held_out needs data=NAME, the name of embedded data of mode vision")
         if not self.suites:
             raise ValueError("suites is empty: name at least one")
+        self._check_benchmark()
         return self
+
+    @property
+    def benchmark(self) -> BenchmarkName | None:
+        """The public benchmark among the suites."""
+        return next((name for name in LAYOUTS if name in self.suites), None)
+
+    def _check_benchmark(self) -> None:
+        """Raises: ValueError for keys that are missing, or that no suite would use."""
+        layout = LAYOUTS[self.benchmark] if self.benchmark is not None else None
+        if sum(name in LAYOUTS for name in self.suites) > 1:
+            raise ValueError("suites names several public benchmarks, but prompts is the file of one: one at a time")
+        if layout is not None and self.prompts is None:
+            raise ValueError(f"suite {self.benchmark} needs prompts=FILE: {layout.prompts}")
+        if layout is not None and layout.needs_images and self.images is None:
+            raise ValueError(f"suite {self.benchmark} needs images=FOLDER, which the paths in its file start from")
+        if layout is None and self.prompts is not None:
+            raise ValueError(f"prompts is for a public benchmark: name one of {', '.join(LAYOUTS)} in suites")
+        if self.images is not None and (layout is None or not layout.needs_images):
+            raise ValueError("images is for suite imgedit")
+        if self.judge is None:
+            return
+        judge.check_url(self.judge)
+        if self.judge_model is None:
+            raise ValueError("judge needs judge_model=NAME, what its requests call the model")
+        if layout is None or layout.rubric is None:
+            able = ", ".join(name for name, one in LAYOUTS.items() if one.rubric is not None)
+            raise ValueError(f"a judge is for the suites {able}; the others have scorers of their own")
 
 
 def evaluate(config: EvaluateConfig, parent_run_id: str | None = None) -> JobReport:
@@ -146,13 +181,20 @@ def _find_model(spec: str, config: EvaluateConfig) -> _Model:
 class SuiteActor:
     """One loaded model at work on a suite's units; an actor of Ray Data."""
 
-    def __init__(self, suite: EvaluationSuite, model: str, storage_uri: str, kept: UnitRows) -> None:
+    def __init__(
+        self, suite: EvaluationSuite, model: str, storage_uri: str, kept: UnitRows, on_gpu: bool = False
+    ) -> None:
         torch.set_num_threads(1)
         # Found here, not in the driver: on a cluster this may be another machine, with a cache of its own.
         folder = registry.resolve_model(model, storage_uri)
         self._kept = kept
         self._work = suite.worker(
-            load_model(folder, [part for part in EVALUATED_PARTS if part in read_manifest(folder).parts])
+            load_model(
+                folder,
+                [part for part in EVALUATED_PARTS if part in read_manifest(folder).parts],
+                torch.bfloat16 if on_gpu else torch.float32,
+                "cuda" if on_gpu else "cpu",
+            )
         )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -193,10 +235,27 @@ def _suites(config: EvaluateConfig, manifests: Sequence[Manifest]) -> list[Evalu
             suites.append(ReconstructionSuite(samples=samples, decoders=decoders, **drawn))
         elif name == "embedding_prediction":
             suites.append(EmbeddingPredictionSuite(samples=samples, **drawn))
-        else:
+        elif name == "held_out":
             assert stored is not None
             suites.append(HeldOutSuite(samples=stored, num_targets=config.num_targets, **drawn))
+        else:
+            suites.append(_benchmark_suite(config, name, drawn))
     return suites
+
+
+def _benchmark_suite(config: EvaluateConfig, benchmark: BenchmarkName, drawn: Mapping[str, Any]) -> BenchmarkSuite:
+    assert config.prompts is not None
+    prompts = storage.absolute(config.prompts)
+    return BenchmarkSuite(
+        benchmark=benchmark,
+        storage=storage.absolute(config.storage),
+        prompts=prompts,
+        prompts_digest=digest_prompts(prompts),
+        images=config.images and storage.absolute(config.images),
+        judge=config.judge,
+        judge_model=config.judge_model,
+        **drawn,
+    )
 
 
 def _stored_samples(config: EvaluateConfig) -> StoredSamples | None:
@@ -248,6 +307,8 @@ def _run(
     folder = _folder(config, suite.path, model.fingerprint)
     kept = UnitRows.of(suite, folder)
     rows, num_made = _work_through(suite, config, model, kept)
+    if isinstance(suite, BenchmarkSuite):
+        rows = suite.finish(rows, folder)
     result = suite.summarise(rows)
     intervals = {name: mean_of_groups_interval(groups) for name, groups in suite.measures(rows).items()}
     kept.write_all(rows)
@@ -257,7 +318,7 @@ def _run(
     storage.write_json(storage.join(folder, "run.json"), {**made_by, "items": len(rows), "items_made": num_made})
     run.log_metrics({f"eval/{suite.path}/{name}": value for name, value in _flatten(result.scores)})
     run.log_metrics(_bounds(f"eval/{suite.path}", intervals))
-    content = {
+    content: dict[str, Any] = {
         "fingerprint": model.fingerprint,
         "suite": suite.path,
         "settings": suite.settings,
@@ -265,6 +326,9 @@ def _run(
         "intervals": {name: interval.to_json() for name, interval in intervals.items()},
         "run_id": run.run_id,
     }
+    if judges := judges_of(rows):
+        content["judges"] = judges
+        run.log_text(json.dumps(judges, indent=2), f"{suite.path}/judges.json")
     _write_report(folder, content, rows, result, {}, run)
     _write_scores(config, suite, content, run)
     kept.remove_parts()
@@ -302,6 +366,7 @@ def _make(
         model.spec,
         storage.absolute(config.storage),
         replace(kept, folder=storage.absolute(kept.folder)),
+        config.actor_gpus > 0,
     )
     dataset = ray.data.from_items([asdict(unit) for unit in units], override_num_blocks=len(units)).map_batches(
         SuiteActor,
@@ -309,6 +374,7 @@ def _make(
         compute=ray.data.ActorPoolStrategy(size=min(config.num_actors, len(units))),
         batch_size=1,
         num_cpus=config.actor_cpus,
+        num_gpus=config.actor_gpus or None,
     )
     for row in dataset.iter_rows():
         yield Unit(row["kind"], row["first"], row["last"])

@@ -44,6 +44,10 @@ def report_page(
     intervals = {name: Interval(**found) for name, found in content.get("intervals", {}).items()}
     parts = [
         note(f"Model {content['fingerprint']}, {len(rows):,} items, MLflow run {content['run_id']}."),
+        *(
+            note(f"Judged by {one['model']} ({one['system_fingerprint'] or 'which says no more'}): {one['answers']:,}.")
+            for one in content.get("judges", [])
+        ),
         heading("Scores"),
         note("Each with its 95 % confidence interval, and n, the number of items that it is the mean of."),
         html_page.table(
@@ -187,4 +191,5 @@ def _card(row: Row) -> Html:
     if row.get("seed") is not None:
         whose.append(f"seed {row['seed']}")
     lines.append(html_page.text_line(" · ".join(whose), "key"))
-    return html_page.card(pictures, lines, score == 1 if score in (0, 1) else None)
+    is_graded = score not in (0, 1) or bool(row.get("judge_model"))  # a judge's 1 may be the lowest of its scale
+    return html_page.card(pictures, lines, None if is_graded else score == 1)

@@ -9,6 +9,7 @@ worker is built in an actor, around a model loaded there. Suites stand in module
 | `suite_reconstruction.py` | a picture drawn from its own embeddings | PSNR, SSIM, distance in the vision space |
 | `suite_embedding_prediction.py` | a sample's errors, teacher-forced and free-running | MSE, cosine by position |
 | `suite_held_out.py` | a sample of own tars with its prediction | losses, recall@1 and @5 among N |
+| `suite_benchmarks.py` | a prompt, edit or question of a public benchmark | a judge's; exact matches; else none |
 
 Rows of all suites have a column `prompt`, a `score` where an item has one, and pictures as PNG in `png` (made by the
 model), `source_png` (edited from) and `target_png` (the wanted one).
