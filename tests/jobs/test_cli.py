@@ -548,6 +548,12 @@ def test_shipped_configs_of_the_full_size_embed_each_mode(mode: str) -> None:
     assert (loaded.mode, loaded.gpus_per_encoder, loaded.decode_threads) == (mode, 1, 8)
 
 
+@pytest.mark.parametrize(("suite", "judged"), [("geneval", False), ("imgedit", True)])
+def test_shipped_configs_of_the_full_size_evaluate_public_benchmarks(suite: str, judged: bool) -> None:
+    loaded = load_config(EvaluateConfig, DEMO_CONFIGS.parent / "7b" / f"evaluate_{suite}.yaml")
+    assert (loaded.benchmark, loaded.actor_gpus, loaded.judge is not None) == (suite, 1, judged)
+
+
 def test_the_shipped_config_of_pictures_encodes_nothing() -> None:
     loaded = load_config(EmbedConfig, DEMO_CONFIGS.parent / "7b" / "embed_images.yaml")
     assert (loaded.mode, loaded.gpus_per_encoder, loaded.decode_threads) == ("images", 0, 4)

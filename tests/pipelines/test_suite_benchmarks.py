@@ -287,7 +287,8 @@ def test_prompts_and_layout_may_lie_on_s3(loaded: Model, tmp_path: Path, monkeyp
             suite = suite_of(tmp_path, "geneval", prompts, storage="s3://bucket/runs")
             folder = storage.join("s3://bucket/runs/evaluations", loaded.manifest.fingerprint, suite.path)
             rows = [
-                {"kind": "generation", "index": n, **row} for n, row in enumerate(suite.worker(loaded)(suite.units()[0]))
+                {"kind": "generation", "index": n, **row}
+                for n, row in enumerate(suite.worker(loaded)(suite.units()[0]))
             ]
             suite.finish(rows, folder)
             names = [uri.partition("/layout/")[2] for uri in storage.list_files(folder, recursive=True)]
