@@ -135,10 +135,8 @@ def test_killed_in_the_middle_it_repeats_nothing_and_gives_the_same_numbers(
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     driver = subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 120
         while len(list(parts.glob("*.parquet"))) < 3:
             assert driver.poll() is None
-            assert time.monotonic() < deadline
             time.sleep(0.02)
     finally:
         workers = psutil.Process(driver.pid).children(recursive=True) if driver.poll() is None else []
