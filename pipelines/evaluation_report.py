@@ -117,7 +117,7 @@ def _comparisons(content: Mapping[str, Any]) -> list[Html]:
                 f"This model's scores less those of {fingerprint}, item by item. The last column says where they "
                 "differ beyond chance; of losses and errors lower is better."
             ),
-            html_page.table(("score", "difference", "95 % interval", "n", "beyond chance"), rows, numbers=(1, 2, 3)),
+            html_page.table(("score", "difference", "95 % interval", "n", "differs"), rows, numbers=(1, 2, 3)),
         ]
     return parts
 
