@@ -1,17 +1,20 @@
 """Reads a demo-world picture back exactly and scores it, in GenEval's six categories and for edits.
 
-Reading: the border's median is the background; connected regions that differ from it are things; a thing's colour is
-its median's nearest in the palette, its cell that of its centroid, its shape and size the template of that cell with
-the best soft overlap (intersection over union of coverage). Two thresholds on that overlap: 0.65 passes a slightly
-blurred shape, 0.80 (`STRICT_OVERLAP`) doesn't. A region in no colour of the palette (black on white, say) is no shape.
-Not seen at all: regions of under 0.4 % of the picture, and ghosts less than half as strong as a colour.
+Reading: the border's median is the background; connected regions of pixels that are nearer to a colour of the palette
+are things. A thing's colour is its median's nearest in the palette, its cell that of its centroid, its shape and size
+the template of that cell with the best soft overlap (intersection over union of coverage: how far a pixel is from the
+background, on the way to the thing's own colour). Two thresholds on that overlap: 0.65 passes a slightly blurred shape,
+0.80 (`STRICT_OVERLAP`) doesn't. No shape are: a region in no colour of the palette (black on white, say), and a ghost,
+too faint for a thing. No scene at all: a background of another colour, or strewn with specks. Not seen: a few specks of
+under 0.4 % of the picture each, and what differs from the background by less than 45 (in RGB).
+tests/nexusgen/test_scorer_proof.py holds all this against a second reader.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float, Num, UInt8
@@ -20,6 +23,7 @@ from scipy import ndimage
 from nexusgen.shapes import (
     BACKGROUNDS,
     COLOURS,
+    DEFAULT_SIZE,
     NUM_CELLS,
     SHAPES,
     SIZES,
@@ -33,7 +37,11 @@ from nexusgen.shapes import (
 OVERLAP = 0.65
 STRICT_OVERLAP = 0.80
 _MIN_AREA = 0.004  # of the picture: smaller regions are noise, half of the smallest thing is larger
+_MAX_SPECKS = 0.004  # of the picture: all that noise together, no more than one region
 _MAX_COLOUR_DISTANCE = 85.0  # in RGB; the palette's closest two are 86 apart, grey is 91 from its nearest
+_COLOUR_TOLERANCE = 43.0  # half of what the palette's closest two are apart: a shade of the same colour
+_MAX_BACKGROUND_DISTANCE = 47.0  # half of what the closest two, black and brown, are apart
+_FAINT = 45.0  # in RGB, from the background: what is fainter can't be seen
 
 
 @dataclass(frozen=True)
@@ -46,17 +54,24 @@ class ReadThing:
 
 @dataclass(frozen=True)
 class Reading:
-    """A picture as read. Regions that cover no known shape well keep their low overlap, off-palette ones have 0."""
+    """A picture as read. Regions that cover no known shape well keep their low overlap; off-palette ones and ghosts
+    have 0. `background` is empty if it is no background of the world. specks: share of the picture in loose specks.
+    """
 
     background: str
     things: tuple[ReadThing, ...]
+    specks: float = 0.0
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether the background is one of the world's, and free of noise."""
+        return bool(self.background) and self.specks <= _MAX_SPECKS
 
     def scene(self, min_overlap: float = OVERLAP) -> Scene | None:
-        """The scene shown, or None if a region isn't a shape or two share a cell."""
+        """The scene shown, or None if the background isn't clean, a region isn't a shape, or two share a cell."""
         cells = [read.thing.cell for read in self.things]
-        if any(read.overlap < min_overlap for read in self.things) or len(set(cells)) < len(cells):
-            return None
-        return Scene(tuple(read.thing for read in self.things), self.background)
+        is_known = all(read.overlap >= min_overlap for read in self.things) and len(set(cells)) == len(cells)
+        return Scene(tuple(read.thing for read in self.things), self.background) if self.is_clean and is_known else None
 
 
 @dataclass(frozen=True)
@@ -82,31 +97,42 @@ class EditScore:
 def read_scene(image: UInt8[np.ndarray, "height width 3"]) -> Reading:
     """Read a square picture of the demo world, whatever its size."""
     pixels = image.astype(np.float32)
-    border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    background = _nearest(np.median(border, axis=0), {n: rgb for n, (_, rgb) in BACKGROUNDS.items()})
-    coverage = _coverage(pixels, np.median(border, axis=0))
-    labels, count = ndimage.label(coverage > 0.5)
+    border = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
+    palette = np.array([rgb for _, rgb in COLOURS.values()], dtype=np.float32)
+    from_background = np.linalg.norm(pixels - border, axis=-1)
+    is_thing = np.linalg.norm(pixels[:, :, None] - palette, axis=-1).min(axis=-1) < from_background
+    labels, count = ndimage.label(is_thing)
+    areas = np.bincount(labels.ravel(), minlength=count + 1)[1:] / is_thing.size
     things = []
+    for index in np.flatnonzero(areas >= _MIN_AREA) + 1:
+        things += [_read_region(pixels, border, part) for part in _split_by_cell(labels == index)]
+    is_read = np.isin(labels, np.flatnonzero(areas >= _MIN_AREA) + 1)
+    things += _ghosts(from_background, is_read)
+    background = _nearest(border, {n: rgb for n, (_, rgb) in BACKGROUNDS.items()})
+    if np.linalg.norm(border - BACKGROUNDS[background][1]) > _MAX_BACKGROUND_DISTANCE:
+        background = ""
+    specks = float(areas[areas < _MIN_AREA].sum())
+    return Reading(background, tuple(sorted(things, key=lambda read: read.thing)), specks)
+
+
+def _ghosts(
+    from_background: Float[np.ndarray, "height width"], is_read: Bool[np.ndarray, "height width"]
+) -> list[ReadThing]:
+    """Faint regions apart from all things: shown, but no shape."""
+    is_faint = (from_background > _FAINT) & ~ndimage.binary_dilation(is_read, iterations=2)
+    labels, count = ndimage.label(ndimage.binary_opening(is_faint))
+    ghosts = []
     for index in range(1, count + 1):
         region = labels == index
         if region.mean() >= _MIN_AREA:
-            things += [_read_region(pixels, coverage, part) for part in _split_by_cell(region)]
-    return Reading(background, tuple(sorted(things, key=lambda read: read.thing)))
+            ghosts.append(ReadThing(Thing(_cell_of(region), "circle", next(iter(COLOURS)), "small"), 0.0))
+    return ghosts
 
 
-def _coverage(
-    pixels: Float[np.ndarray, "height width 3"], background: Num[np.ndarray, "3"]
-) -> Float[np.ndarray, "height width"]:
-    """How much of each pixel isn't background, in [0, 1], measured along the way to its nearest palette colour."""
-    offsets = np.array([rgb for _, rgb in COLOURS.values()], dtype=np.float32) - background
-    difference = pixels - background
-    # Projection on each colour's direction; the colour with the smallest residue says how far along the pixel is.
-    along = difference @ offsets.T / (offsets**2).sum(axis=1)
-    along = along.clip(0, 1)
-    residue = ((difference[:, :, None, :] - along[..., None] * offsets) ** 2).sum(axis=-1)
-    best = residue.argmin(axis=-1)
-    coverage: np.ndarray = np.take_along_axis(along, best[..., None], axis=-1)[..., 0]
-    return coverage
+def _cell_of(region: Bool[np.ndarray, "height width"]) -> int:
+    """The cell that holds a region's centroid."""
+    row, column = (min(int(c * NUM_CELLS / len(region)), NUM_CELLS - 1) for c in ndimage.center_of_mass(region))
+    return row * NUM_CELLS + column
 
 
 def _split_by_cell(region: Bool[np.ndarray, "height width"]) -> list[Bool[np.ndarray, "height width"]]:
@@ -126,22 +152,26 @@ def _split_by_cell(region: Bool[np.ndarray, "height width"]) -> list[Bool[np.nda
 
 def _read_region(
     pixels: Float[np.ndarray, "height width 3"],
-    coverage: Float[np.ndarray, "height width"],
+    background: Num[np.ndarray, "3"],
     region: Bool[np.ndarray, "height width"],
 ) -> ReadThing:
-    size = len(pixels)
-    solid = region & (coverage > 0.9)
-    colour_pixels = pixels[solid] if solid.any() else pixels[region]
-    median = np.median(colour_pixels, axis=0)
+    # Without the soft edge; a region of edges alone (a blurred one) is taken as it is.
+    solid = ndimage.binary_erosion(region)
+    median = np.median(pixels[solid if solid.any() else region], axis=0)
     colour = _nearest(median, {n: rgb for n, (_, rgb) in COLOURS.items()})
-    centre = ndimage.center_of_mass(region)
-    row, column = (min(int(c * NUM_CELLS / size), NUM_CELLS - 1) for c in centre)
-    cell = row * NUM_CELLS + column
-    # Soft edges lie outside the region: take the coverage around it too.
-    seen = np.where(ndimage.binary_dilation(region), coverage, 0.0)
+    # How far each pixel is from background on the way to the region's own colour, and how near to that colour: within
+    # the outline pixels count if they have the colour, outside if they are there at all. Soft edges lie outside the
+    # region.
+    own = np.array(COLOURS[colour][1], dtype=np.float32)
+    way = np.linalg.norm(own - background)
+    is_near = ndimage.binary_dilation(region)
+    drawn = np.where(is_near, np.linalg.norm(pixels - background, axis=-1) / way, 0.0).clip(0, 1)
+    off = np.linalg.norm(pixels - own, axis=-1) - _COLOUR_TOLERANCE
+    right = np.where(is_near, 1 - off / way, 0.0).clip(0, 1)
+    cell = _cell_of(region)
     overlaps = {
-        (shape, size_name): float(np.minimum(seen, template).sum() / np.maximum(seen, template).sum())
-        for (shape, size_name), template in _templates(cell, size).items()
+        name: float(np.minimum(right, template).sum() / np.maximum(drawn, template).sum())
+        for name, template in _templates(cell, len(pixels)).items()
     }
     shape, size_name = max(overlaps, key=lambda name: overlaps[name])
     is_in_palette = np.linalg.norm(median - COLOURS[colour][1]) <= _MAX_COLOUR_DISTANCE
@@ -202,18 +232,30 @@ def score_explicit(scene: Scene, image: UInt8[np.ndarray, "height width 3"]) -> 
 
 
 def score_edit(edit: Edit, image: UInt8[np.ndarray, "height width 3"]) -> EditScore:
-    """Whether an edit was carried out, and whether everything else stayed as it was."""
+    """Whether an edit was carried out, and whether everything else stayed as it was.
+
+    done is about the cells where source and target differ (or the background), unchanged about all others. The size of
+    a thing that is added is free, as no instruction says it.
+    """
     reading = read_scene(image)
-    shown = {read.thing for read in reading.things if read.overlap >= OVERLAP}
     before, after = set(edit.source.things), set(edit.target.things)
-    background_changed = edit.source.background != edit.target.background
-    is_done = (after - before) <= shown and not (before - after) & shown
-    if background_changed:
-        is_done = reading.background == edit.target.background
-    is_unchanged = (before & after) <= shown and len(reading.things) == len(after)
-    if not background_changed:
-        is_unchanged = is_unchanged and reading.background == edit.source.background
-    return EditScore(is_done, is_unchanged)
+    touched = {thing.cell for thing in before ^ after}
+    is_size_free = edit.kind == "add"
+
+    def of_cells(things: Iterable[Thing], *, in_touched: bool) -> list[Thing]:
+        chosen = [thing for thing in things if (thing.cell in touched) is in_touched]
+        return sorted(replace(t, size=DEFAULT_SIZE) if is_size_free and in_touched else t for t in chosen)
+
+    def is_shown(wanted: set[Thing], *, in_touched: bool) -> bool:
+        shown = [read for read in reading.things if (read.thing.cell in touched) is in_touched]
+        is_shape = all(read.overlap >= OVERLAP for read in shown)
+        things = of_cells((read.thing for read in shown), in_touched=in_touched)
+        return is_shape and things == of_cells(wanted, in_touched=in_touched)
+
+    is_unchanged = is_shown(before, in_touched=False) and reading.is_clean
+    if edit.source.background != edit.target.background:
+        return EditScore(reading.background == edit.target.background, is_unchanged)
+    return EditScore(is_shown(after, in_touched=True), is_unchanged and reading.background == edit.source.background)
 
 
 def score_answer(expected: str, answer: str) -> bool:
