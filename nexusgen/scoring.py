@@ -34,6 +34,7 @@ from nexusgen.shapes import (
     thing_mask,
 )
 
+VERSION = 2  # to be counted up when a picture may get another score than before
 OVERLAP = 0.65
 STRICT_OVERLAP = 0.80
 _MIN_AREA = 0.004  # of the picture: smaller regions are noise, half of the smallest thing is larger

@@ -4,7 +4,8 @@ Suites (see suites.py) cut their items into units of one batch each; actors that
 which are kept as they are made (unit_rows.py). Rows, contact sheets, scores and a report (evaluation_report.py) land in
 STORAGE/evaluations/FINGERPRINT/SUITE/ together with the settings that they were made under: the same weights under the
 same settings are not evaluated again. With `against`, another model is evaluated on the same items if it hasn't been
-yet, and both are compared item by item (pairs.py). `scores.json`, which the gate reads:
+yet, and both are compared item by item (pairs.py). The gate reads `measures.json`, the items' own scores by metric (as
+`EvaluationSuite.measures` gives them), and `scores.json`:
 
 | key | what |
 |---|---|
@@ -310,8 +311,10 @@ def _run(
     if isinstance(suite, BenchmarkSuite):
         rows = suite.finish(rows, folder)
     result = suite.summarise(rows)
-    intervals = {name: mean_of_groups_interval(groups) for name, groups in suite.measures(rows).items()}
+    measures = suite.measures(rows)
+    intervals = {name: mean_of_groups_interval(groups) for name, groups in measures.items()}
     kept.write_all(rows)
+    storage.write_json(registry.measures_uri(config.storage, model.fingerprint, suite.path), measures)
     _write_sheets(result.sheets, suite, folder, run)
     storage.write_bytes_atomic(storage.join(folder, "config.yaml"), dump_config(config).encode())
     made_by = {"run_id": run.run_id, "inputs": [{"uri": model.spec, "digest": model.fingerprint}]}
@@ -450,7 +453,8 @@ def _stored(config: EvaluateConfig, suite: EvaluationSuite, fingerprint: str) ->
     if content is None or content.get("settings") != suite.settings or "intervals" not in content:
         return None
     is_whole = UnitRows.of(suite, _folder(config, suite.path, fingerprint)).has_all()
-    return content if is_whole else None
+    has_measures = storage.exists(registry.measures_uri(config.storage, fingerprint, suite.path))
+    return content if is_whole and has_measures else None
 
 
 def _folder(config: EvaluateConfig, suite: str, fingerprint: str) -> str:

@@ -18,7 +18,7 @@ of the merged model; `resolve_model` checks the base and makes that model of bot
 | nexusgen.eval.SUITE.METRIC | scores |
 | nexusgen.gate.ALIAS | what the gate last said |
 
-Aliases: `candidate` needs an evaluation of exactly these weights; `champion` needs scores that reach the thresholds.
+Aliases: `candidate` needs an evaluation of exactly these weights; `champion` needs what gate.py asks for.
 The registered model's tag `nexusgen.previous.ALIAS` lists the earlier targets, latest last, for `--rollback`.
 """
 
@@ -26,13 +26,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -40,7 +40,8 @@ from nexusgen.config import Config, dump_config
 from nexusgen.errors import ConfigError, FingerprintError, GateError, InputError, ModelError, UsageError
 from nexusgen.model.manifest import Manifest, demo_base, read_manifest
 from nexusgen.schema import MANIFEST_NAME
-from pipelines import checkpoint, storage, tracking
+from nexusgen.statistics import Interval
+from pipelines import checkpoint, gate, storage, tracking
 from pipelines.checkpoint import Checkpoint
 from pipelines.lora import ADAPTER_FILE, ADAPTER_RECORD, AdapterRecord, LoraConfig, merge_file
 from pipelines.runtime import CpuMeter, JobReport
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 MODEL_NAME = "nexusgen"
 DEMO_BASE = "demo-base"
+MAX_TAG = 4900  # characters; MLflow keeps 5,000 of a version's tag
 MAX_ARTIFACT_BYTES = 2_000_000_000  # a larger model is never copied into MLflow's artefact store
 
 TAG_PROJECT = "nexusgen.project"
@@ -94,6 +96,10 @@ class PromoteConfig(Config):
     rollback: bool = False
     suite: str = "demo_world"
     thresholds: dict[str, float] = Field(default_factory=lambda: dict(CHAMPION_THRESHOLDS))
+    understanding_drop: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=gate.REFERENCE_DROP,
+        description="how much of the base model's understanding may be lost; the default is what the reference lost",
+    )
 
 
 def register(config: RegisterConfig, parent_run_id: str | None = None) -> JobReport:
@@ -149,8 +155,7 @@ def promote(config: PromoteConfig, parent_run_id: str | None = None) -> JobRepor
         project = version.tags.get(TAG_PROJECT, MODEL_NAME)
         with tracking.job_run(config.storage, project, "promote", dump_config(config), parent=parent_run_id) as run:
             run.set_tags({tracking.TAG_FINGERPRINT: version.tags.get(tracking.TAG_FINGERPRINT, "")})
-            if not config.rollback:
-                _pass_gate(client, config, version)
+            said = "not asked" if config.rollback else _pass_gate(client, config, version, current, run)
             if str(version.version) != current:
                 _move_alias(client, config, str(version.version), current, history)
             report = JobReport(
@@ -162,6 +167,7 @@ def promote(config: PromoteConfig, parent_run_id: str | None = None) -> JobRepor
                     "version": int(version.version),
                     "previous": int(current) if current is not None else None,
                     "model": f"models:/{MODEL_NAME}@{config.to}",
+                    "gate": said,
                     "run_id": run.run_id,
                 },
                 reused=str(version.version) == current,
@@ -225,6 +231,11 @@ def attach_scores(
         tags[f"{TAG_RUN}.evaluate"] = run_id
     for key, value in tags.items():
         client.set_model_version_tag(MODEL_NAME, version.version, key, value)
+
+
+def measures_uri(storage_uri: str, fingerprint: str, suite: str) -> str:
+    """Where `evaluate` writes, and the gate reads, the items' own scores by metric."""
+    return storage.join(storage_uri, "evaluations", fingerprint, suite, "measures.json")
 
 
 def scores_uri(storage_uri: str, fingerprint: str, suite: str) -> str:
@@ -512,33 +523,78 @@ def _rollback_target(
     return _get_version(client, earlier[-1])
 
 
-def _pass_gate(client: MlflowClient, config: PromoteConfig, version: ModelVersion) -> None:
-    """Raises: GateError. What the gate said is kept in the version's tags either way."""
-    fingerprint = version.tags.get(tracking.TAG_FINGERPRINT, "")
-    refusal = _refusal(config, fingerprint)
+def _pass_gate(
+    client: MlflowClient, config: PromoteConfig, version: ModelVersion, current: str | None, run: tracking.Run
+) -> str:
+    """What was compared. Raises: GateError. What the gate said is kept in the tags of version and run either way."""
+    verdict = _ask_gate(client, config, version, current)
+    refusal = verdict.refusal
+    said = f"refused: {refusal}" if refusal else f"passed: {verdict.summary}"
     tag = f"{TAG_GATE}.{config.to}"
-    client.set_model_version_tag(MODEL_NAME, version.version, tag, f"refused: {refusal}" if refusal else "passed")
+    client.set_model_version_tag(MODEL_NAME, version.version, tag, said[:MAX_TAG])
+    run.set_tags({tag: said[:MAX_TAG]})
+    run.log_text(json.dumps(verdict.to_json(), indent=2), "gate.json")
     if refusal:
         raise GateError(f"version {version.version} does not become {config.to}: {refusal}")
+    return verdict.summary
 
 
-def _refusal(config: PromoteConfig, fingerprint: str) -> str:
-    """Why these weights may not have the alias; empty if they may."""
+def _ask_gate(client: MlflowClient, config: PromoteConfig, version: ModelVersion, current: str | None) -> gate.Verdict:
+    """Find the evaluations of the version, of the alias's present target and of the base, and ask the gate."""
+    fingerprint = version.tags.get(tracking.TAG_FINGERPRINT, "")
     uri = scores_uri(config.storage, fingerprint, config.suite)
     if not fingerprint or not storage.exists(uri):
-        return f"it has no evaluation ({uri} is missing): run evaluate on it first"
-    content = _read_json(uri, "scores")
-    if content.get("fingerprint", fingerprint) != fingerprint:
-        return f"{uri} belongs to other weights ({content['fingerprint'][:12]})"
+        return gate.Verdict((f"it has no evaluation ({uri} is missing): run evaluate on it first",))
+    ours = read_evaluation(config.storage, fingerprint, config.suite)
+    if ours.fingerprint != fingerprint:
+        return gate.Verdict((f"{uri} belongs to other weights ({ours.fingerprint[:12]})",))
     if config.to == "candidate":
-        return ""
-    scores = dict(_flatten_scores(content.get("scores", content)))
-    failed = []
-    for name, wanted in config.thresholds.items():
-        found = scores.get(name, math.nan)
-        if not found >= wanted:  # a missing score is NaN, and NaN fails
-            failed.append(f"{name} is {found:.4g}, wanted >= {wanted:g}")
-    return "; ".join(failed)
+        return gate.Verdict(())
+    others: dict[str, gate.Evaluation] = {}
+    missing = []
+    wanted = {"champion": _get_version(client, current).tags[tracking.TAG_FINGERPRINT]} if current is not None else {}
+    if gate.UNDERSTANDING.replace("/", ".") in ours.scores:
+        wanted["base model"] = root_base(config.storage, fingerprint)
+    for name, other in wanted.items():
+        place = scores_uri(config.storage, other, config.suite)
+        if storage.exists(place):
+            others[name] = read_evaluation(config.storage, other, config.suite)
+        else:
+            missing.append(f"the {name} {other} has no evaluation to compare with ({place} is missing): evaluate it")
+    verdict = gate.judge(
+        ours,
+        others.get("champion"),
+        others.get("base model"),
+        gate.Rules(config.thresholds, config.understanding_drop),
+    )
+    return replace(verdict, reasons=(*missing, *verdict.reasons))
+
+
+def read_evaluation(storage_uri: str, fingerprint: str, suite: str) -> gate.Evaluation:
+    """What `evaluate` left of a suite. Raises: InputError if it left nothing, or the files can't be read."""
+    uri = scores_uri(storage_uri, fingerprint, suite)
+    content = _read_json(uri, "scores")
+    measures = measures_uri(storage_uri, fingerprint, suite)
+    return gate.Evaluation(
+        fingerprint=content.get("fingerprint", fingerprint),
+        settings=content.get("settings", {}),
+        scores=dict(_flatten_scores(content.get("scores", content))),
+        intervals={name: Interval(**values) for name, values in content.get("intervals", {}).items()},
+        measures=_read_json(measures, "the items' scores") if storage.exists(measures) else {},
+    )
+
+
+def root_base(storage_uri: str, fingerprint: str) -> str:
+    """The fingerprint of the base model that the training of a registered one began from.
+
+    A version may have been trained on another, which was trained on the base: followed through the models' manifests.
+    """
+    while True:
+        uri = storage.join(storage_uri, "models", fingerprint, MANIFEST_NAME)
+        base = _read_json(uri, "manifest").get("lineage", {}).get("base_fingerprint") if storage.exists(uri) else None
+        if base is None or base == fingerprint:
+            return fingerprint
+        fingerprint = base
 
 
 def _move_alias(

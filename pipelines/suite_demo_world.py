@@ -77,8 +77,8 @@ class DemoWorldSuite(Config):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All fields."""
-        return self.model_dump(mode="json")
+        """All fields, and the scorer's version: another one gives other scores."""
+        return {**self.model_dump(mode="json"), "scorer": scoring.VERSION}
 
     def check(self, manifest: Manifest) -> None:
         """Raises: ModelError if the model lacks a part."""

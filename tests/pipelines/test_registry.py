@@ -15,17 +15,20 @@ from servers import free_port, mlflow_server, s3_server
 from nexusgen.errors import ConfigError, FingerprintError, GateError, InputError, ModelError, UsageError
 from nexusgen.model.manifest import read_manifest
 from nexusgen.model.weights import load_model, start_editing_decoder
+from nexusgen.statistics import mean_of_groups_interval
 from pipelines import checkpoint, registry, tracking
 from pipelines.registry import (
     PromoteConfig,
     RegisterConfig,
     attach_scores,
+    measures_uri,
     promote,
     register,
     resolve_model,
+    root_base,
     scores_uri,
 )
-from pipelines.storage import write_bytes_atomic
+from pipelines.storage import write_json
 
 pytestmark = pytest.mark.usefixtures("no_server")
 NAME = "shapes"
@@ -94,13 +97,33 @@ def registered(tmp_path_factory: pytest.TempPathFactory, base: Path) -> tuple[st
     return storage, stage_runs
 
 
-def score(storage: str, fingerprint: str, overall: float, n: int = 572, editing: float = 0.4) -> None:
+def score(
+    storage: str, fingerprint: str, overall: float, n: int = 572, editing: float = 0.4, understanding: float = 0.9
+) -> None:
     """What `evaluate` leaves behind."""
     generation = {"overall": overall, "explicit_strict": 0.5}
-    scores = {"n": n, "generation": generation, "editing": {"strict": editing}, "understanding": {"overall": 0.9}}
-    content = json.dumps({"fingerprint": fingerprint, "scores": scores})
-    write_bytes_atomic(scores_uri(storage, fingerprint, "demo_world"), content.encode())
+    scores = {
+        "n": n,
+        "generation": generation,
+        "editing": {"strict": editing},
+        "understanding": {"overall": understanding},
+    }
+    shares = {
+        "generation/overall": overall,
+        "generation/explicit_strict": 0.5,
+        "editing/strict": editing,
+        "understanding/overall": understanding,
+    }
+    measures = {name: [[1.0] * round(100 * share) + [0.0] * round(100 * (1 - share))] for name, share in shares.items()}
+    intervals = {name: mean_of_groups_interval(groups).to_json() for name, groups in measures.items()}
+    content = {"fingerprint": fingerprint, "settings": {"seed": 0}, "scores": scores, "intervals": intervals}
+    write_json(scores_uri(storage, fingerprint, "demo_world"), content)
+    write_json(measures_uri(storage, fingerprint, "demo_world"), measures)
     attach_scores(storage, fingerprint, "demo_world", scores, run_id="evaluate-run")
+
+
+def score_base(storage: str, base: Path, understanding: float = 0.95) -> None:
+    score(storage, read_manifest(base).fingerprint, 0.0, understanding=understanding)
 
 
 def test_client_walks_from_version_to_tars(registered: tuple[str, dict[str, str]]) -> None:
@@ -166,6 +189,10 @@ def test_gate_aliases_and_rollback(tmp_path: Path, base: Path) -> None:
         promote(PromoteConfig(storage=storage, version=1, to="candidate"))
     with pytest.raises(InputError, match="no version has the alias"):
         resolve_model("models:/nexusgen@champion", storage)
+    score(storage, fingerprints[0], 0.9)
+    with pytest.raises(GateError, match=r"the base model \w+ has no evaluation to compare with .*: evaluate it"):
+        promote(PromoteConfig(storage=storage, version=1))
+    score_base(storage, base)
     score(storage, fingerprints[0], 0.9, n=50)
     with pytest.raises(GateError, match="n is 50, wanted >= 572"):  # a smaller evaluation opens no gate
         promote(PromoteConfig(storage=storage, version=1))
@@ -175,7 +202,11 @@ def test_gate_aliases_and_rollback(tmp_path: Path, base: Path) -> None:
     score(storage, fingerprints[0], 0.9)
     score(storage, fingerprints[1], 0.3)
     score(storage, fingerprints[2], 0.95)
-    assert promote(PromoteConfig(storage=storage, version=1)).outputs["previous"] is None
+    passed = promote(PromoteConfig(storage=storage, version=1)).outputs
+    assert passed["previous"] is None
+    assert passed["gate"].startswith("understanding against the base model's -0.050 (")
+    passed_tag = client.get_model_version("nexusgen", "1").tags["nexusgen.gate.champion"]
+    assert passed_tag == f"passed: {passed['gate']}"
     with pytest.raises(GateError, match=r"generation.overall is 0.3, wanted >= 0.85"):
         promote(PromoteConfig(storage=storage, version=2))
     assert champion() == "1"
@@ -184,6 +215,24 @@ def test_gate_aliases_and_rollback(tmp_path: Path, base: Path) -> None:
     assert refused["nexusgen.eval.demo_world.generation.overall"] == "0.3000"
     assert refused["nexusgen.run.evaluate"] == "evaluate-run"
     promote(PromoteConfig(storage=storage, version=2, to="candidate"))  # evaluated is enough
+    score(storage, fingerprints[2], 0.95, editing=0.31)
+    score(storage, fingerprints[0], 0.9, editing=0.6)
+    with pytest.raises(
+        GateError, match=r"editing.strict is 0.310, worse than the champion's 0.600 beyond noise \(-0.29"
+    ):
+        promote(PromoteConfig(storage=storage, version=3))
+    score(storage, fingerprints[2], 0.95, editing=0.6, understanding=0.71)
+    lenient = {"storage": storage, "version": 3, "understanding_drop": 0.3}
+    score(storage, fingerprints[0], 0.9, understanding=0.71)
+    with pytest.raises(GateError, match=r"understanding.overall is 0.710, worse than its base model's 0.950 beyond"):
+        promote(PromoteConfig(**lenient | {"understanding_drop": 0.1}))
+    assert promote(PromoteConfig(**lenient)).outputs["version"] == 3
+    promote(PromoteConfig(storage=storage, rollback=True))
+    run = client.get_run(client.get_model_version("nexusgen", "3").run_id).info.experiment_id
+    said = [r.data.tags.get("nexusgen.gate.champion", "") for r in client.search_runs([run])]
+    assert any(text.startswith("refused: editing.strict is 0.310") for text in said)
+    score(storage, fingerprints[0], 0.9)
+    score(storage, fingerprints[2], 0.95)
     with pytest.raises(GateError, match=r"understanding.strict is nan"):
         promote(PromoteConfig(storage=storage, version=3, thresholds={"understanding.strict": 0.1}))
     assert promote(PromoteConfig(storage=storage, version=3)).outputs["previous"] == 1
@@ -203,6 +252,7 @@ def test_editing_decoder_is_published_on_the_model_that_it_learned_from(tmp_path
     stage_runs = road_by_hand(storage, base)
     first = register(RegisterConfig(storage=storage, name=NAME, model=str(base))).outputs
     score(storage, first["fingerprint"], 0.9)
+    score_base(storage, base)
     promote(PromoteConfig(storage=storage, version=1))
     champion = resolve_model("models:/nexusgen@champion", storage)
     predicted = checkpoint.DataInput(name="shapes/predicted", uri="/predicted", digest="f" * 64, run_id="embed")
@@ -230,6 +280,7 @@ def test_editing_decoder_is_published_on_the_model_that_it_learned_from(tmp_path
         ("editing_decoder", "shapes/predicted"),
     }
     assert register(config).reused
+    assert root_base(storage, after.fingerprint) == read_manifest(base).fingerprint  # not the first version
 
 
 def test_scores_of_other_weights_open_no_gate(registered: tuple[str, dict[str, str]]) -> None:
@@ -319,6 +370,7 @@ def test_tracking_server_with_local_and_with_s3_storage(
         version = MlflowClient(tracking_uri=f"http://127.0.0.1:{port}").get_model_version("nexusgen", "2")
         assert version.source == f"{remote}/models/{second['fingerprint']}" == second["model"]
         score(remote, second["fingerprint"], 0.9)
+        score_base(remote, base)
         promote(PromoteConfig(storage=remote, version=2))
         folder = resolve_model("models:/nexusgen@champion", remote)
         assert tmp_path in folder.parents
