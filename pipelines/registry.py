@@ -41,7 +41,7 @@ from nexusgen.errors import ConfigError, FingerprintError, GateError, InputError
 from nexusgen.model.manifest import Manifest, demo_base, read_manifest
 from nexusgen.schema import MANIFEST_NAME
 from nexusgen.statistics import Interval
-from pipelines import checkpoint, gate, storage, tracking
+from pipelines import checkpoint, gate, model_card, storage, tracking
 from pipelines.checkpoint import Checkpoint
 from pipelines.lora import ADAPTER_FILE, ADAPTER_RECORD, AdapterRecord, LoraConfig, merge_file
 from pipelines.runtime import CpuMeter, JobReport
@@ -137,6 +137,7 @@ def register(config: RegisterConfig, parent_run_id: str | None = None) -> JobRep
             if version is None:
                 tags = _version_tags(config, fingerprint, recipe, run.run_id, lineage["stages"])
                 version = _create_version(client, config.storage, fingerprint, run.run_id, tags)
+            _write_card(client, config.storage, version)
             report = _register_report(meter, config.storage, version, reused=is_known, run_id=run.run_id)
             run.log_report(report)
         return report
@@ -231,11 +232,29 @@ def attach_scores(
         tags[f"{TAG_RUN}.evaluate"] = run_id
     for key, value in tags.items():
         client.set_model_version_tag(MODEL_NAME, version.version, key, value)
+    _write_card(client, storage_uri, version)
 
 
 def measures_uri(storage_uri: str, fingerprint: str, suite: str) -> str:
     """Where `evaluate` writes, and the gate reads, the items' own scores by metric."""
     return storage.join(storage_uri, "evaluations", fingerprint, suite, "measures.json")
+
+
+def _write_card(client: MlflowClient, storage_uri: str, version: ModelVersion) -> None:
+    """Write a version's model card anew: into its folder, its run's artefacts and its description."""
+    version = _get_version(client, str(version.version))  # with the tags that it has now
+    fingerprint = version.tags[tracking.TAG_FINGERPRINT]
+    folder = storage.join(storage_uri, "models", fingerprint)
+    if not storage.exists(storage.join(folder, MANIFEST_NAME)):
+        return  # fetched from elsewhere: the card is there
+    said = {tag.removeprefix(f"{TAG_GATE}."): text for tag, text in version.tags.items() if tag.startswith(TAG_GATE)}
+    base = root_base(storage_uri, fingerprint)
+    facts = model_card.collect(storage_uri, str(version.version), folder, base, said)
+    card = model_card.render(facts)
+    storage.write_bytes_atomic(storage.join(folder, model_card.CARD_NAME), card.encode())
+    if version.run_id:
+        client.log_text(version.run_id, card, model_card.CARD_NAME)
+    client.update_model_version(MODEL_NAME, version.version, model_card.render(facts, is_short=True))
 
 
 def scores_uri(storage_uri: str, fingerprint: str, suite: str) -> str:
@@ -333,6 +352,7 @@ def _lineage(config: RegisterConfig, base: Manifest, trained: dict[str, Checkpoi
     return {
         "project": config.name,
         "base_fingerprint": base.fingerprint,
+        "origin": base.lineage.get("origin", base.lineage),  # of the base that all training began from
         "stages": {**base.lineage.get("stages", {}), **stages},
     }
 
@@ -534,6 +554,7 @@ def _pass_gate(
     client.set_model_version_tag(MODEL_NAME, version.version, tag, said[:MAX_TAG])
     run.set_tags({tag: said[:MAX_TAG]})
     run.log_text(json.dumps(verdict.to_json(), indent=2), "gate.json")
+    _write_card(client, config.storage, version)
     if refusal:
         raise GateError(f"version {version.version} does not become {config.to}: {refusal}")
     return verdict.summary

@@ -1,0 +1,333 @@
+"""The model card: what a registered model is made of, what it scores and may be used for, said from its lineage alone.
+
+Nothing is written by hand, so nothing can be forgotten: data by source and licence from the fields that the tars' own
+samples have (`source` and `license`, or the host of `url`; they travel in the column `meta` of embedded data), stages
+and configurations from the checkpoints, scores with n and interval from the evaluations, licences of weights from the
+origin and the sizes of the parts. What can't be found is said to be unknown. Samples are counted once for each state of
+the data: `sources.json` beside it keeps the counts.
+
+The card is README.md in the model's folder, an artefact of the version's run, and (its first part) the version's
+description. It is written when a version is registered, and anew when it is evaluated and when the gate has spoken.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from nexusgen.errors import InputError, ResourceError
+from nexusgen.model.manifest import Manifest
+from nexusgen.schema import MANIFEST_NAME
+from pipelines import embedded, storage
+
+CARD_NAME = "README.md"
+SOURCES_NAME = "sources.json"
+MAX_DESCRIPTION = 4900  # characters; MLflow keeps 5,000 of a version's description
+UNKNOWN = "not told"
+
+# By the hidden size of the language model, as released; checked 2026-11-26.
+_QWEN = {
+    2048: ("Qwen2.5-VL-3B", "Qwen Research License: research and other non-commercial use alone"),
+    3584: ("Qwen2.5-VL-7B", "Apache-2.0"),
+    5120: ("Qwen2.5-VL-32B", "Apache-2.0"),
+    8192: ("Qwen2.5-VL-72B", "Qwen License: commercial use is bounded, see its text"),
+}
+_FLUX_BLOCKS = (19, 38)  # double and single blocks of FLUX.1
+
+
+@dataclass(frozen=True)
+class DataPart:
+    """Samples of one source, licence, task and language."""
+
+    source: str
+    licence: str
+    task: str
+    lang: str
+    samples: int
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """All that a card says. `data` by the name of embedded data; None where it is gone."""
+
+    version: str
+    manifest: Manifest
+    weights: Sequence[tuple[str, str, str]]  # part, what it was made from, licence
+    data: Mapping[str, Sequence[DataPart] | None]
+    left_out: Mapping[str, Mapping[str, int]]  # by the name of embedded data: quarantined samples by reason
+    checkpoints: Mapping[str, Mapping[str, Any]]  # by stage: its meta.json, empty where it is gone
+    evaluations: Sequence[Mapping[str, Any]]  # scores.json of each suite
+    base_evaluations: Mapping[str, Mapping[str, Any]]  # of the base model, by suite
+    gate: Mapping[str, str]  # what was said, by alias
+
+
+def collect(storage_uri: str, version: str, folder: str, base_fingerprint: str, gate: Mapping[str, str]) -> CardFacts:
+    """Look up all facts of the model in `folder`, a URI. Raises: InputError if it holds no manifest."""
+    uri = storage.join(folder, MANIFEST_NAME)
+    if not storage.exists(uri):
+        raise InputError(f"no model card for {folder}: it holds no {MANIFEST_NAME}")
+    manifest = Manifest.model_validate_json(storage.read_bytes(uri))
+    stages: Mapping[str, Any] = manifest.lineage.get("stages", {})
+    names = dict.fromkeys(entry["name"] for stage in stages.values() for entry in stage.get("inputs", ()))
+    data: dict[str, Sequence[DataPart] | None] = {}
+    left_out: dict[str, Mapping[str, int]] = {}
+    for name in names:
+        data[name], left_out[name] = _count(storage_uri, name)
+    return CardFacts(
+        version=version,
+        manifest=manifest,
+        weights=_licences(folder, manifest),
+        data=data,
+        left_out=left_out,
+        checkpoints={
+            name: storage.find_json(storage.join(stage["checkpoint"], "meta.json")) or {}
+            for name, stage in stages.items()
+        },
+        evaluations=list(_evaluations(storage_uri, manifest.fingerprint)),
+        base_evaluations={one["suite"]: one for one in _evaluations(storage_uri, base_fingerprint) if "suite" in one},
+        gate=gate,
+    )
+
+
+def _evaluations(storage_uri: str, fingerprint: str) -> Iterable[Mapping[str, Any]]:
+    for uri in storage.list_files(storage.join(storage_uri, "evaluations", fingerprint), recursive=True):
+        if storage.name_of(uri) == "scores.json" and (content := storage.find_json(uri)) is not None:
+            yield content
+
+
+def _count(storage_uri: str, name: str) -> tuple[Sequence[DataPart] | None, Mapping[str, int]]:
+    """Samples of embedded data NAME/MODE by source, licence, task and language; None if the data is gone."""
+    of, _, mode = name.rpartition("/")
+    try:
+        manifest = embedded.read_manifest(storage_uri, of, mode)  # type: ignore[arg-type]
+        kept = storage.join(embedded.folder_of(storage_uri, of, mode), SOURCES_NAME)  # type: ignore[arg-type]
+        known = storage.find_json(kept)
+        if known is not None and known.get("digest") == manifest.digest:
+            return [DataPart(**part) for part in known["parts"]], manifest.quarantined
+        with ThreadPoolExecutor(embedded.NUM_PARALLEL) as pool:
+            counts = sum(pool.map(_count_slice, (info for info in manifest.slices if info.num_rows)), Counter())
+        parts = [DataPart(*key, samples) for key, samples in sorted(counts.items())]
+        storage.write_json(kept, {"digest": manifest.digest, "parts": [asdict(part) for part in parts]})
+    except (InputError, ResourceError, OSError):
+        return None, {}
+    return parts, manifest.quarantined
+
+
+def _count_slice(info: embedded.SliceInfo) -> Counter[tuple[str, str, str, str]]:
+    rows = embedded.read_slice(info, ["task", "lang", "meta"]).to_pylist()
+    return Counter((*_origin(row["meta"]), row["task"] or UNKNOWN, row["lang"] or UNKNOWN) for row in rows)
+
+
+def _origin(meta: str | None) -> tuple[str, str]:
+    """Source and licence of a sample, from the fields of its json."""
+    try:
+        fields = json.loads(meta or "{}")
+    except ValueError:
+        fields = {}
+    fields = fields if isinstance(fields, dict) else {}
+    source = fields.get("source") or urlsplit(str(fields.get("url") or "")).hostname or UNKNOWN
+    licence = fields.get("license") or fields.get("licence") or UNKNOWN
+    return str(source), str(licence)
+
+
+def _licences(folder: str, manifest: Manifest) -> list[tuple[str, str, str]]:
+    """Of each half of the weights, what it was made from and what that asks for."""
+    origin = manifest.lineage.get("origin", {})
+    if origin.get("made_by") == "nexusgen make-base":
+        return [("all parts", "the tiny base that ships with nexusgen, trained on its own demo world", "Apache-2.0")]
+    found = []
+    config = storage.find_json(storage.join(folder, "autoregressive", "config.json"))
+    if config is not None:
+        size = config.get("text_config", config).get("hidden_size")
+        made_from, licence = _QWEN.get(size, (f"a language model of hidden size {size}", UNKNOWN))
+        found.append(("autoregressive", made_from, licence))
+    for part in ("generation", "editing"):
+        config = storage.find_json(storage.join(folder, "decoders", part, "transformer", "config.json"))
+        if config is None:
+            continue
+        blocks = (config.get("num_layers"), config.get("num_single_layers"))
+        if blocks == _FLUX_BLOCKS and config.get("guidance_embeds", True):
+            licence = "FLUX.1 [dev] Non-Commercial License: this part is a derivative, and for non-commercial use alone"
+            found.append((f"{part}_decoder", "FLUX.1 [dev]", licence))
+        else:
+            found.append((f"{part}_decoder", f"a transformer of {blocks[0]} + {blocks[1]} blocks", UNKNOWN))
+    return found
+
+
+# --- rendering --------------------------------------------------------------------------------------------------------
+
+
+def render(facts: CardFacts, is_short: bool = False) -> str:
+    """The card in Markdown. The short one leaves out front matter, configurations and per-suite detail."""
+    parts = [
+        *([] if is_short else [_front_matter(facts)]),
+        _summary(facts),
+        _scores(facts, is_short),
+        _licence_notes(facts),
+        _data(facts),
+        _limits(facts),
+        *([] if is_short else [_stages(facts), _configurations(facts)]),
+    ]
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    if is_short and len(text) > MAX_DESCRIPTION:
+        text = text[: MAX_DESCRIPTION - 40].rsplit("\n", 1)[0] + f"\n\n... the rest is in {CARD_NAME}\n"
+    return text
+
+
+def _is_commercial_use_barred(facts: CardFacts) -> bool:
+    return any("non-commercial" in licence.lower() for _, _, licence in facts.weights)
+
+
+def _front_matter(facts: CardFacts) -> str:
+    licences = {licence for _, _, licence in facts.weights}
+    values = {
+        "license": "apache-2.0" if licences == {"Apache-2.0"} else "other",
+        "language": ["en", "zh"],
+        "pipeline_tag": "any-to-any",
+        "tags": ["nexus-gen", "image-generation", "image-editing", "visual-question-answering"],
+    }
+    return f"---\n{yaml.safe_dump(values, sort_keys=False)}---"
+
+
+def _summary(facts: CardFacts) -> str:
+    manifest, lineage = facts.manifest, facts.manifest.lineage
+    height, width = manifest.image_size
+    said = "".join(f"\n- gate of `{alias}`: {text}" for alias, text in sorted(facts.gate.items()))
+    return (
+        f"# nexusgen, version {facts.version}\n\n"
+        "A unified image model after Nexus-Gen (arXiv 2504.21356): it answers questions about pictures, draws and "
+        "edits them. Generated from the lineage; not to be edited by hand.\n\n"
+        f"- fingerprint `{manifest.fingerprint}`, made by nexusgen {manifest.version} in project "
+        f"`{lineage.get('project', UNKNOWN)}` from the base `{lineage.get('base_fingerprint', UNKNOWN)}`\n"
+        f"- parts: {', '.join(manifest.parts)}\n"
+        f"- pictures of {width}x{height} in {manifest.num_inference_steps} steps, "
+        f"{manifest.token_counts.get('target', UNKNOWN)} embeddings each{said}"
+    )
+
+
+def _scores(facts: CardFacts, is_short: bool) -> str:
+    if not facts.evaluations:
+        return "## Scores\n\nNone: it hasn't been evaluated."
+    blocks = ["## Scores\n\nWith the number of items and the 95 % confidence interval of each."]
+    for evaluation in facts.evaluations:
+        base = facts.base_evaluations.get(evaluation.get("suite", ""), {})
+        intervals: Mapping[str, Mapping[str, float]] = evaluation.get("intervals", {})
+        of_base: Mapping[str, Mapping[str, float]] = base.get("intervals", {})
+        names = [name for name in intervals if not is_short or name.count("_") == 0]
+        rows = [
+            [
+                name,
+                f"{intervals[name]['value']:.3f}",
+                f"{intervals[name]['low']:.3f} to {intervals[name]['high']:.3f}",
+                str(int(intervals[name]["n"])),
+                f"{of_base[name]['value']:.3f}" if name in of_base else "",
+            ]
+            for name in names
+        ]
+        settings = ", ".join(f"{name}={value}" for name, value in evaluation.get("settings", {}).items())
+        title = f"Suite `{evaluation.get('suite', UNKNOWN)}`" + ("" if is_short else f" ({settings})")
+        table = (
+            _table(["score", "value", "95 %", "n", "base model"], rows) if rows else "No intervals: evaluate it again."
+        )
+        blocks.append(f"{title}\n\n{table}")
+    return "\n\n".join(blocks)
+
+
+def _licence_notes(facts: CardFacts) -> str:
+    lines = ["## Licences", ""]
+    lines += [f"- {part}: from {made_from}. {licence}" for part, made_from, licence in facts.weights]
+    if _is_commercial_use_barred(facts):
+        lines.append(
+            "- **This model is not for commercial use**: derivatives of a model under a non-commercial licence are "
+            "under it too. Outputs aren't derivatives in the sense of FLUX.1 [dev]'s licence; read its present text."
+        )
+    told = {part.licence for parts in facts.data.values() for part in parts or ()}
+    lines.append(f"- data: {', '.join(sorted(told)) or UNKNOWN}, as its own fields say")
+    if UNKNOWN in told or any(parts is None for parts in facts.data.values()):
+        lines.append("- Of some of the data the licence isn't known: find out before the weights are passed on.")
+    return "\n".join(lines)
+
+
+def _data(facts: CardFacts) -> str:
+    lines = ["## Data", ""]
+    for name, parts in facts.data.items():
+        stages = [
+            stage
+            for stage, made in facts.manifest.lineage.get("stages", {}).items()
+            if name in [entry["name"] for entry in made.get("inputs", ())]
+        ]
+        if parts is None:
+            lines += [f"`{name}` (stages {', '.join(stages)}): no longer in the storage, so not counted", ""]
+            continue
+        rows = [[part.source, part.licence, part.task, part.lang, f"{part.samples:,}"] for part in parts]
+        lines += [
+            f"`{name}`, read by {', '.join(stages)}",
+            "",
+            _table(["source", "licence", "task", "language", "samples"], rows),
+        ]
+        if facts.left_out.get(name):
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(facts.left_out[name].items()))
+            lines.append(f"\nLeft out: {reasons}.")
+        lines.append("")
+    return "\n".join(lines).rstrip() if facts.data else "## Data\n\nNot told: the model has no stages of its own."
+
+
+def _limits(facts: CardFacts) -> str:
+    lines = ["## Limits", ""]
+    suites = [str(one.get("suite")) for one in facts.evaluations]
+    measured = ", ".join(f"`{suite}`" for suite in suites) or "nothing"
+    lines.append(
+        f"- Measured on {measured} alone; nothing is known of safety, bias, faces, text in pictures, or any other use."
+    )
+    for evaluation in facts.evaluations:
+        intervals = evaluation.get("intervals", {})
+        weak = sorted((name for name in intervals if "/" in name), key=lambda name: float(intervals[name]["value"]))[:3]
+        if weak:
+            told = ", ".join(f"{name} {intervals[name]['value']:.3f}" for name in weak)
+            lines.append(f"- Weakest in `{evaluation.get('suite')}`: {told}.")
+        base = facts.base_evaluations.get(evaluation.get("suite", ""), {}).get("intervals", {})
+        name = "understanding/overall"
+        if name in base and name in intervals and intervals[name]["value"] < base[name]["value"]:
+            lost = base[name]["value"] - intervals[name]["value"]
+            lines.append(f"- It understands pictures worse than the base model: {name} has lost {lost:.3f}.")
+    langs = sorted({part.lang for parts in facts.data.values() for part in parts or ()})
+    if langs:
+        lines.append(f"- Its training data speaks {', '.join(langs)}.")
+    if "editing_decoder" not in facts.manifest.parts:
+        lines.append(
+            "- It has no editing decoder: it edits with the generation decoder, which sees little of the original."
+        )
+    return "\n".join(lines)
+
+
+def _stages(facts: CardFacts) -> str:
+    rows = []
+    for stage, made in facts.manifest.lineage.get("stages", {}).items():
+        meta = facts.checkpoints.get(stage, {})
+        loss = f"{meta['loss_first']:.4g} -> {meta['loss_last']:.4g}" if meta else UNKNOWN
+        rows.append(
+            [stage, f"{made['step']:,}", f"{meta.get('num_samples', 0):,}" if meta else UNKNOWN, loss, made["run_id"]]
+        )
+    table = _table(["stage", "steps", "samples seen", "loss first -> last", "MLflow run"], rows)
+    return f"## Training\n\n{table}" if rows else ""
+
+
+def _configurations(facts: CardFacts) -> str:
+    blocks = []
+    for stage, meta in facts.checkpoints.items():
+        if meta.get("config"):
+            text = yaml.safe_dump(meta["config"], sort_keys=False, allow_unicode=True)
+            blocks.append(f"<details><summary>{stage}</summary>\n\n```yaml\n{text}```\n\n</details>")
+    return "## Configurations\n\n" + "\n\n".join(blocks) if blocks else ""
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
