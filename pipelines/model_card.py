@@ -23,9 +23,10 @@ from urllib.parse import urlsplit
 import yaml
 
 from nexusgen.errors import InputError, ResourceError
-from nexusgen.model.manifest import Manifest
+from nexusgen.model.manifest import Manifest, demo_base, read_manifest
 from nexusgen.schema import MANIFEST_NAME
 from pipelines import embedded, storage
+from pipelines.tracking import redact
 
 CARD_NAME = "README.md"
 SOURCES_NAME = "sources.json"
@@ -59,6 +60,7 @@ class CardFacts:
 
     version: str
     manifest: Manifest
+    base_fingerprint: str  # of the base that all training began from
     weights: Sequence[tuple[str, str, str]]  # part, what it was made from, licence
     data: Mapping[str, Sequence[DataPart] | None]
     left_out: Mapping[str, Mapping[str, int]]  # by the name of embedded data: quarantined samples by reason
@@ -83,7 +85,8 @@ def collect(storage_uri: str, version: str, folder: str, base_fingerprint: str, 
     return CardFacts(
         version=version,
         manifest=manifest,
-        weights=_licences(folder, manifest),
+        base_fingerprint=base_fingerprint,
+        weights=_licences(folder, manifest, base_fingerprint),
         data=data,
         left_out=left_out,
         checkpoints={
@@ -137,10 +140,10 @@ def _origin(meta: str | None) -> tuple[str, str]:
     return str(source), str(licence)
 
 
-def _licences(folder: str, manifest: Manifest) -> list[tuple[str, str, str]]:
+def _licences(folder: str, manifest: Manifest, base_fingerprint: str) -> list[tuple[str, str, str]]:
     """Of each half of the weights, what it was made from and what that asks for."""
     origin = manifest.lineage.get("origin", {})
-    if origin.get("made_by") == "nexusgen make-base":
+    if origin.get("made_by") == "nexusgen make-base" or base_fingerprint == read_manifest(demo_base()).fingerprint:
         return [("all parts", "the tiny base that ships with nexusgen, trained on its own demo world", "Apache-2.0")]
     found = []
     config = storage.find_json(storage.join(folder, "autoregressive", "config.json"))
@@ -205,7 +208,7 @@ def _summary(facts: CardFacts) -> str:
         "A unified image model after Nexus-Gen (arXiv 2504.21356): it answers questions about pictures, draws and "
         "edits them. Generated from the lineage; not to be edited by hand.\n\n"
         f"- fingerprint `{manifest.fingerprint}`, made by nexusgen {manifest.version} in project "
-        f"`{lineage.get('project', UNKNOWN)}` from the base `{lineage.get('base_fingerprint', UNKNOWN)}`\n"
+        f"`{lineage.get('project', UNKNOWN)}`; its training began from the base `{facts.base_fingerprint}`\n"
         f"- parts: {', '.join(manifest.parts)}\n"
         f"- pictures of {width}x{height} in {manifest.num_inference_steps} steps, "
         f"{manifest.token_counts.get('target', UNKNOWN)} embeddings each{said}"
@@ -256,26 +259,25 @@ def _licence_notes(facts: CardFacts) -> str:
 
 
 def _data(facts: CardFacts) -> str:
-    lines = ["## Data", ""]
+    """Tables of samples; what several modes of one name hold alike is said once."""
+    alike: dict[tuple[str, Sequence[DataPart] | None], list[str]] = {}
     for name, parts in facts.data.items():
-        stages = [
-            stage
-            for stage, made in facts.manifest.lineage.get("stages", {}).items()
-            if name in [entry["name"] for entry in made.get("inputs", ())]
-        ]
+        alike.setdefault((name.rpartition("/")[0], tuple(parts) if parts is not None else None), []).append(name)
+    stages = facts.manifest.lineage.get("stages", {})
+    lines = ["## Data", ""]
+    for (_, parts), names in alike.items():
+        readers = [s for s, made in stages.items() if any(one["name"] in names for one in made.get("inputs", ()))]
+        told = ", ".join(f"`{name}`" for name in names)
         if parts is None:
-            lines += [f"`{name}` (stages {', '.join(stages)}): no longer in the storage, so not counted", ""]
+            lines += [f"{told} (read by {', '.join(readers)}): no longer in the storage, so not counted", ""]
             continue
         rows = [[part.source, part.licence, part.task, part.lang, f"{part.samples:,}"] for part in parts]
-        lines += [
-            f"`{name}`, read by {', '.join(stages)}",
-            "",
-            _table(["source", "licence", "task", "language", "samples"], rows),
-        ]
-        if facts.left_out.get(name):
-            reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(facts.left_out[name].items()))
-            lines.append(f"\nLeft out: {reasons}.")
-        lines.append("")
+        lines += [f"{told} (read by {', '.join(readers)})", ""]
+        lines += [_table(["source", "licence", "task", "language", "samples"], rows), ""]
+        for name in names:
+            if facts.left_out.get(name):
+                reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(facts.left_out[name].items()))
+                lines += [f"Left out of `{name}`: {reasons}.", ""]
     return "\n".join(lines).rstrip() if facts.data else "## Data\n\nNot told: the model has no stages of its own."
 
 
@@ -323,7 +325,7 @@ def _configurations(facts: CardFacts) -> str:
     blocks = []
     for stage, meta in facts.checkpoints.items():
         if meta.get("config"):
-            text = yaml.safe_dump(meta["config"], sort_keys=False, allow_unicode=True)
+            text = redact(yaml.safe_dump(meta["config"], sort_keys=False, allow_unicode=True))
             blocks.append(f"<details><summary>{stage}</summary>\n\n```yaml\n{text}```\n\n</details>")
     return "## Configurations\n\n" + "\n\n".join(blocks) if blocks else ""
 
