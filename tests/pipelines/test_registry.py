@@ -116,7 +116,8 @@ def score(
     }
     measures = {name: [[1.0] * round(100 * share) + [0.0] * round(100 * (1 - share))] for name, share in shares.items()}
     intervals = {name: mean_of_groups_interval(groups).to_json() for name, groups in measures.items()}
-    content = {"fingerprint": fingerprint, "settings": {"seed": 0}, "scores": scores, "intervals": intervals}
+    made = {"fingerprint": fingerprint, "suite": "demo_world", "settings": {"seed": 0}}
+    content = made | {"scores": scores, "intervals": intervals}
     write_json(scores_uri(storage, fingerprint, "demo_world"), content)
     write_json(measures_uri(storage, fingerprint, "demo_world"), measures)
     attach_scores(storage, fingerprint, "demo_world", scores, run_id="evaluate-run")
