@@ -108,6 +108,15 @@ def load_road(path: Path, overrides: Sequence[str] = ()) -> RoadConfig:
 
     Raises: ConfigError naming the unknown key, the wrong value, or the key that is the road's to set.
     """
+    return parse_config(RoadConfig, read_sections(path, overrides, _SECTIONS), str(path))
+
+
+def read_sections(path: Path, overrides: Sequence[str], sections: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """The values of a configuration that chains jobs. Each section holds a job's settings: those of SECTION.yaml beside
+    `path`, replaced by the file's own section, and by those keys of the file itself that `sections` names.
+
+    Raises: ConfigError if a section sets such a key itself.
+    """
     values = read_values(path, overrides)
     shared = {"model": registry.DEMO_BASE, "input": None, **values}
     if "storage" in shared:
@@ -115,10 +124,10 @@ def load_road(path: Path, overrides: Sequence[str] = ()) -> RoadConfig:
         values["storage"] = shared["storage"]
         if shared["input"] is None and "name" in shared:
             shared["input"] = storage.join(shared["storage"], "tars", str(shared["name"]))
-    for section, keys in _SECTIONS.items():
+    for section, keys in sections.items():
         own = values.get(section, {})
         if not isinstance(own, dict):
-            continue  # the check below says what is wrong
+            continue  # the check of the whole says what is wrong
         for key in keys:
             if key in own:
                 raise ConfigError(
@@ -128,7 +137,7 @@ def load_road(path: Path, overrides: Sequence[str] = ()) -> RoadConfig:
         file = path.parent / f"{section}.yaml"
         from_file = read_values(file) if file.is_file() else {}
         values[section] = from_file | own | {key: shared[key] for key in keys if key in shared}
-    return parse_config(RoadConfig, values, str(path))
+    return values
 
 
 def run_road(config: RoadConfig) -> RoadResult:

@@ -19,6 +19,7 @@ from jobs import (
     pack,
     promote,
     register,
+    reproduce,
     road,
     serve,
     train,
@@ -43,6 +44,7 @@ COMMANDS = (
     import_model,
     export,
     verify,
+    reproduce,
     make_base,
 )
 

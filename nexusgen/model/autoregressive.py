@@ -161,10 +161,14 @@ class AutoregressiveModel(nn.Module):
         )
         return output.last_hidden_state
 
-    def forward(self, batch: ConversationBatch) -> AutoregressiveOutput:
+    def forward(
+        self, batch: ConversationBatch, embeddings: Float[Tensor, "batch length hidden"] | None = None
+    ) -> AutoregressiveOutput:
         """Teacher-forced forward over whole conversations. The embedding of image token i is predicted one position
-        earlier, as the next token is."""
-        hidden = self.run_layers(self.embed_conversations(batch), batch.position_ids, batch.attention_mask)
+        earlier, as the next token is. `embeddings` are fed in place of what `embed_conversations` makes."""
+        if embeddings is None:
+            embeddings = self.embed_conversations(batch)
+        hidden = self.run_layers(embeddings, batch.position_ids, batch.attention_mask)
         is_text = (batch.labels != IGNORED_LABEL) & ~target_positions(batch.labels, self.image_token_id)
         return AutoregressiveOutput(
             hidden=hidden,

@@ -480,16 +480,16 @@ def assemble_model(
         shutil.copytree(base, staging, dirs_exist_ok=True)
         if autoregressive is not None:
             model = load_autoregressive(base / "autoregressive", manifest.geometry)
-            _update(model, autoregressive)
+            load_trained(model, autoregressive)
             save_autoregressive(model, staging / "autoregressive", load_tokenizer(base / "autoregressive"), dtype)
         if generation_decoder is not None:
             decoder = load_decoder(base / DECODER_FOLDERS["generation_decoder"])
-            _update(decoder, generation_decoder)
+            load_trained(decoder, generation_decoder)
             save_decoder(decoder, staging / DECODER_FOLDERS["generation_decoder"], dtype)
         if editing_decoder is not None:
             started = start_editing_decoder(base).editing_decoder
             assert started is not None
-            _update(started, editing_decoder)
+            load_trained(started, editing_decoder)
             save_decoder(started, staging / DECODER_FOLDERS["editing_decoder"], dtype)
         values = manifest.model_dump(exclude={"version", "parts", "fingerprints", "fingerprint", "lineage"})
         result = write_manifest(staging, lineage=dict(lineage), **values)
@@ -502,7 +502,11 @@ def assemble_model(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _update(module: torch.nn.Module, path: Path) -> None:
+def load_trained(module: torch.nn.Module, path: Path) -> None:
+    """Give a module the weights that training left in a file; what it left alone may be absent there.
+
+    Raises: ModelError if a trained tensor has no place in the module.
+    """
     state = dict(module.state_dict())
     trained = load_file(path)
     unexpected = [name for name in trained if name not in state]
