@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from nexusgen import scoring, shapes
-from nexusgen.embedding_error import PositionErrors, mean_embedding_errors, position_errors
+from nexusgen.embedding_error import PositionErrors, position_errors
 from nexusgen.images import target_image, to_patches
 from nexusgen.model.weights import Model
 from nexusgen.prompts import Conversation
@@ -53,7 +53,8 @@ def measure_errors(stage: PrefilledArm, data: StageData, num_samples: int) -> di
 
 def _errors_of(stage: PrefilledArm, samples: Sequence[PreparedConversation]) -> dict[str, Any]:
     """{"n", "mean_embedding", "teacher_forced", "free_running"}; of each of the latter three `mse` and `cosine`, means
-    over the samples by position, and `mse_by_sample`, means over the positions."""
+    over the samples by position, and `mse_by_sample`, means over the positions. `mean_embedding` is always predicting
+    the mean of these very targets, the best constant."""
     count = stage.module.geometry.num_target_tokens
     targets = torch.cat([sample.targets.float()[-count:][None] for sample in samples])
     forced, free = [], []
@@ -65,7 +66,7 @@ def _errors_of(stage: PrefilledArm, samples: Sequence[PreparedConversation]) -> 
         free.append(predict_freely(stage, batch))
     return {
         "n": len(samples),
-        "mean_embedding": _by_position(mean_embedding_errors(targets)),
+        "mean_embedding": _by_position(position_errors(targets.mean(dim=0, keepdim=True).expand_as(targets), targets)),
         "teacher_forced": _by_position(position_errors(torch.cat(forced), targets)),
         "free_running": _by_position(position_errors(torch.cat(free), targets)),
     }

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jobs import cli
+from jobs import cli, reproduce
 from nexusgen import shapes
+from pipelines.reproduce import ARMS
 from pipelines.trial_report import _prefill_verdicts, table
 
 TINY = (
@@ -86,6 +87,10 @@ def test_other_experiments_share_trials(out: Path, capfd: pytest.CaptureFixture[
     assert set(trial["scores"]) == set(trial["scores_of_true"]) == {*shapes.CATEGORIES, "explicit"}
     assert "trained on predicted, drawn from true" in (out / "decoder-inputs" / "report.md").read_text()
     assert shared.stat().st_mtime_ns == written
+
+
+def test_command_knows_every_experiment() -> None:
+    assert set(reproduce.EXPERIMENTS) == set(ARMS)
 
 
 def test_unknown_experiments_and_keys_are_refused(out: Path, capfd: pytest.CaptureFixture[str]) -> None:
