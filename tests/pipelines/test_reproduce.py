@@ -41,6 +41,7 @@ def run(capfd: pytest.CaptureFixture[str], out: Path, name: str, *more: str) -> 
     return json.loads(captured.out)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("ray_cluster", "no_server")
 def test_prefill_ablation_makes_its_table_and_figures_and_keeps_what_is_finished(
     out: Path, capfd: pytest.CaptureFixture[str]
@@ -74,6 +75,7 @@ def test_prefill_ablation_makes_its_table_and_figures_and_keeps_what_is_finished
     assert longer["trials"]["naive"][1]["training"]["curve"][-1]["step"] == 4
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("ray_cluster", "no_server")
 def test_other_experiments_share_trials(out: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run(capfd, out, "prefill-ablation")
