@@ -122,6 +122,7 @@ def test_finished_units_are_not_made_again(ray_cluster: Any, model: Path, tmp_pa
     assert (made["items"], made["items_made"]) == (10, 6)
 
 
+@pytest.mark.timeout(900)  # three evaluations, one of them with a Ray of its own
 def test_killed_in_the_middle_it_repeats_nothing_and_gives_the_same_numbers(
     ray_cluster: Any, model: Path, tmp_path: Path, no_server: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
