@@ -20,6 +20,7 @@ from nexusgen.errors import ConfigError, ModelError, UsageError
 from nexusgen.model.manifest import read_manifest
 from pipelines import registry, tracking
 from pipelines.evaluate import EvaluateConfig, evaluate
+from pipelines.evaluation_report import shown_number
 from pipelines.suite_demo_world import DemoWorldSuite
 from pipelines.suites import Unit
 from pipelines.unit_rows import UnitRows
@@ -82,7 +83,11 @@ def test_scores_land_in_storage_and_mlflow_and_are_used_again(ray_cluster: Any, 
     bounds = [run.data.metrics[f"eval/demo_world/generation/overall.{bound}"] for bound in ("low", "high", "n")]
     assert bounds == [intervals["generation/overall"][bound] for bound in ("low", "high", "n")]
     assert run.data.tags[tracking.TAG_FINGERPRINT] == fingerprint
-    assert "demo_world/samples.png" in [file.path for file in client.list_artifacts(run.info.run_id, "demo_world")]
+    files = [file.path for file in client.list_artifacts(run.info.run_id, "demo_world")]
+    assert {"demo_world/samples.png", "demo_world/report.html"} <= set(files)
+    page = (folder / "report.html").read_text("utf-8")
+    assert f"to {shown_number(intervals['generation/overall']['high'])}</td>" in page
+    assert (folder.parent / "held_out" / "held-out" / "report.html").exists()
 
     again = evaluate(config)
     assert again.reused

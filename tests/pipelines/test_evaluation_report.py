@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,53 +15,60 @@ from PIL import Image
 from playwright.sync_api import Browser, Page
 from tiny_training import make_embedded, make_tiny_model, write_shard
 
-from nexusgen.model.manifest import read_manifest
+from nexusgen.model.weights import load_model
 from nexusgen.statistics import Interval, mean_interval, mean_of_groups_interval
-from pipelines import tracking
-from pipelines.evaluate import EvaluateConfig, evaluate
 from pipelines.evaluation_report import NUM_FIRST, NUM_RANKED, report_page, shown_number
+from pipelines.evaluation_samples import StoredSamples
 from pipelines.html_page import SHOWN_PX, Html
 from pipelines.plots import Curve, draw_curves, draw_histogram, draw_scores
+from pipelines.suite_demo_world import DemoWorldSuite
+from pipelines.suite_embedding_prediction import EmbeddingPredictionSuite
+from pipelines.suite_held_out import HeldOutSuite
+from pipelines.suite_reconstruction import ReconstructionSuite
+from pipelines.suites import EvaluationSuite
+from pipelines.unit_rows import UnitRows
 
 SUITES = ("demo_world", "reconstruction", "embedding_prediction", "held_out")
 SIZES = (1280, 390)
 
 
 @pytest.fixture(scope="module")
-def evaluated(ray_cluster: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """The folder of a tiny model's evaluations in all suites, and the job's report."""
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model's evaluations: of each suite a folder with rows and report, as the job leaves them (no Ray here)."""
     place = tmp_path_factory.mktemp("evaluated")
-    model = make_tiny_model(place / "model")
-    make_embedded(str(place), "held-out", model, num_samples=30, shard=str(place / "shard.tar"))
+    model = load_model(make_tiny_model(place / "model"))
+    make_embedded(str(place), "held-out", model.folder, num_samples=30, shard=str(place / "shard.tar"))
     write_shard(place / "shard.tar", str(place), "held-out")
-    config = EvaluateConfig(
-        storage=str(place),
-        name="test",
-        model=str(model),
-        suites=SUITES,
-        data="held-out",
-        per_category=3,
-        num_explicit=4,
-        num_questions=4,
-        num_edits=7,
-        num_targets=4,
-        num_pictures=6,
-        batch_size=8,
-        steps=2,
-        actor_cpus=0.5,
+    samples = StoredSamples(storage=str(place), data="held-out", data_digest="", max_samples=30)
+    drawn: dict[str, Any] = {"seed": 0, "steps": 2, "num_pictures": 6, "batch_size": 8}
+    suites: tuple[EvaluationSuite, ...] = (
+        DemoWorldSuite(per_category=3, num_explicit=4, num_questions=4, num_edits=7, **drawn),
+        ReconstructionSuite(samples=samples, decoders=("generation",), **drawn),
+        EmbeddingPredictionSuite(samples=samples, **drawn),
+        HeldOutSuite(samples=samples, num_targets=4, **drawn),
     )
-    report = evaluate(config)
-    return place / "evaluations" / read_manifest(model).fingerprint, report
+    for suite in suites:
+        work = suite.worker(model)
+        rows = [
+            {"kind": unit.kind, "index": unit.first + number, **row}
+            for unit in suite.units()
+            for number, row in enumerate(work(unit))
+        ]
+        UnitRows.of(suite, str(place / suite.name)).write_all(rows)
+        result = suite.summarise(rows)
+        intervals = {name: mean_of_groups_interval(groups).to_json() for name, groups in suite.measures(rows).items()}
+        content = {
+            "fingerprint": model.manifest.fingerprint, "suite": suite.path, "settings": suite.settings,
+            "scores": result.scores, "intervals": intervals, "run_id": "none",
+        }  # fmt: skip
+        (place / suite.name / "report.html").write_text(report_page(content, rows, result.plots), "utf-8")
+    return place
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with chromium() as running:
         yield running
-
-
-def folder_of(evaluations: Path, suite: str) -> Path:
-    return evaluations / suite if suite == "demo_world" else evaluations / suite / "held-out"
 
 
 def opened(browser: Browser, file: Path, width: int, scheme: Any = "light") -> tuple[Page, list[str]]:
@@ -98,10 +104,8 @@ def check_fits(page: Page, width: int) -> None:
 
 @pytest.mark.parametrize("width", SIZES)
 @pytest.mark.parametrize("suite", SUITES)
-def test_a_report_fits_and_loads_its_pictures(
-    evaluated: tuple[Path, Any], browser: Browser, suite: str, width: int
-) -> None:
-    file = folder_of(evaluated[0], suite) / "report.html"
+def test_a_report_fits_and_loads_its_pictures(evaluated: Path, browser: Browser, suite: str, width: int) -> None:
+    file = evaluated / suite / "report.html"
     page, asked = opened(browser, file, width, "dark" if width == SIZES[1] else "light")
     assert [url for url in asked if not url.startswith("data:")] == [file.as_uri()]
     assert page.evaluate("document.images.length") > 10
@@ -112,8 +116,8 @@ def test_a_report_fits_and_loads_its_pictures(
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_its_numbers_are_those_of_the_rows(evaluated: tuple[Path, Any], browser: Browser, suite: str) -> None:
-    folder = folder_of(evaluated[0], suite)
+def test_its_numbers_are_those_of_the_rows(evaluated: Path, browser: Browser, suite: str) -> None:
+    folder = evaluated / suite
     page, _ = opened(browser, folder / "report.html", 1280)
     cells = page.evaluate(
         "[...document.querySelector('table').rows].slice(1).map(r => [...r.cells].map(c => c.innerText))"
@@ -167,8 +171,8 @@ def recomputed(suite: str, rows: list[dict[str, Any]]) -> dict[str, list[list[fl
     return found
 
 
-def test_best_and_worst_stand_in_order(evaluated: tuple[Path, Any], browser: Browser) -> None:
-    folder = folder_of(evaluated[0], "reconstruction")
+def test_best_and_worst_stand_in_order(evaluated: Path, browser: Browser) -> None:
+    folder = evaluated / "reconstruction"
     rows = [row for row in pq.read_table(folder / "results.parquet").to_pylist() if row["kind"] == "generation"]
     by_score = sorted(rows, key=lambda row: -row["score"])
     page, _ = opened(browser, folder / "report.html", 1280)
@@ -185,17 +189,6 @@ def test_best_and_worst_stand_in_order(evaluated: tuple[Path, Any], browser: Bro
     assert keys["generation: the best"] == [row["key"] for row in by_score[:count]]
     assert keys["generation: the worst"] == [row["key"] for row in by_score[::-1][:count]]
     page.context.close()
-
-
-def test_the_report_is_in_mlflow_too(evaluated: tuple[Path, Any]) -> None:
-    evaluations, report = evaluated
-    client = tracking.connect(str(evaluations.parents[1]))
-    for suite in SUITES:
-        folder = folder_of(evaluations, suite)
-        path = str(folder.relative_to(evaluations))
-        assert f"{path}/report.html" in [file.path for file in client.list_artifacts(report.outputs["run_id"], path)]
-        content = json.loads((folder / "scores.json").read_text())
-        assert content["scores"] == report.outputs["scores"][path]
 
 
 HOSTILE = '</td><script>document.title="run"</script><img src="http://example.org/x.png">& "quoted" ' + "long" * 100
