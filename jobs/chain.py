@@ -36,7 +36,7 @@ SAMPLES_NAME = "samples.png"
 SPARE_CPUS = 1.0  # for Ray Data's own tasks, beside a job's workers
 
 # Sections of a road's configuration, and which of the road's own keys each takes over.
-_SECTIONS = {
+SECTIONS = {
     "pack": ("storage", "name"),
     "embed_vision": ("storage", "name", "model", "input"),
     "embed_latents": ("storage", "name", "model", "input"),
@@ -108,7 +108,7 @@ def load_road(path: Path, overrides: Sequence[str] = ()) -> RoadConfig:
 
     Raises: ConfigError naming the unknown key, the wrong value, or the key that is the road's to set.
     """
-    return parse_config(RoadConfig, read_sections(path, overrides, _SECTIONS), str(path))
+    return parse_config(RoadConfig, read_sections(path, overrides, SECTIONS), str(path))
 
 
 def read_sections(path: Path, overrides: Sequence[str], sections: Mapping[str, Sequence[str]]) -> dict[str, Any]:

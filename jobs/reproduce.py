@@ -18,14 +18,8 @@ HELP = "Try a claim of the paper on the demo's model: arms, seeds, tables and fi
 EXPERIMENTS = ("prefill-ablation", "loss-weights", "decoder-inputs")
 DEFAULT_OUT = "runs/reproduce"
 
-# Sections of the configuration, and which of its own keys each takes over.
-_SECTIONS = {
-    "pack": ("storage", "name"),
-    "embed_vision": ("storage", "name", "model", "input"),
-    "embed_latents": ("storage", "name", "model", "input"),
-    "train_ar": ("storage", "name", "model"),
-    "train_generation_decoder": ("storage", "name", "model"),
-}
+# Sections of the configuration: the road's own.
+_SECTIONS = ("pack", "embed_vision", "embed_latents", "train_ar", "train_generation_decoder")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,11 +56,11 @@ def run(arguments: argparse.Namespace) -> Outcome:
 
 def load_reproduction(path: Path, overrides: list[str]) -> ReproduceConfig:
     """Read a configuration, whose sections are those of the demo's road. Raises: ConfigError as `read_sections`."""
-    from jobs.chain import read_sections
+    from jobs.chain import SECTIONS, read_sections
     from nexusgen.config import parse_config
     from pipelines.reproduce import ReproduceConfig
 
-    values = read_sections(path, overrides, _SECTIONS)
+    values = read_sections(path, overrides, {name: SECTIONS[name] for name in _SECTIONS})
     return parse_config(ReproduceConfig, values, str(path))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -147,6 +148,28 @@ class DemoWorldSamples(Config):
 
 
 Samples = StoredSamples | DemoWorldSamples
+
+
+class SamplesSuite(Config):
+    """What suites that evaluate on samples have in common; a suite of its own adds what `EvaluationSuite` asks for."""
+
+    name: ClassVar[str]
+
+    samples: Samples
+    seed: int
+    steps: int | None
+    num_pictures: int
+    batch_size: int
+
+    @property
+    def path(self) -> str:
+        """Each data set has its own results."""
+        return f"{self.name}/{self.samples.data}" if isinstance(self.samples, StoredSamples) else self.name
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All fields but the place."""
+        return self.model_dump(mode="json", exclude={"samples": {"storage"}})
 
 
 def conversation_batch(model: Model, samples: Sequence[EvaluationSample]) -> ConversationBatch:

@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nexusgen.config import Config
 from nexusgen.embedding_error import PositionErrors, position_errors
 from nexusgen.errors import InputError
 from nexusgen.model.manifest import Manifest
@@ -24,8 +23,7 @@ from nexusgen.sampling import decode_embeddings, predict_images
 from nexusgen.statistics import mean_interval
 from pipelines.evaluation_samples import (
     EvaluationSample,
-    Samples,
-    StoredSamples,
+    SamplesSuite,
     conversation_batch,
     drawing_prompt,
     drawn_image,
@@ -39,7 +37,7 @@ ERRORS = ("mse", "cosine")
 _NUMBERS = pa.list_(pa.float32())
 
 
-class EmbeddingPredictionSuite(Config):
+class EmbeddingPredictionSuite(SamplesSuite):
     """Errors by position, of each sample's first image in its last answer with one.
 
     `mean_embedding` is always predicting, at each position, the mean of all the suite's targets there: the best
@@ -56,22 +54,6 @@ class EmbeddingPredictionSuite(Config):
             *((name, pa.binary()) for name in ("target_png", "teacher_forced_png", "png")),  # png: free-running
         ]
     )
-
-    samples: Samples
-    seed: int
-    steps: int | None
-    num_pictures: int
-    batch_size: int
-
-    @property
-    def path(self) -> str:
-        """Each data set has its own results."""
-        return f"{self.name}/{self.samples.data}" if isinstance(self.samples, StoredSamples) else self.name
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """All fields but the place."""
-        return self.model_dump(mode="json", exclude={"samples": {"storage"}})
 
     def check(self, manifest: Manifest) -> None:
         """Raises: ModelError if the model lacks a part; as the samples' `check`; InputError if there are none."""

@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from nexusgen.config import Config
 from nexusgen.embedding_error import position_errors
 from nexusgen.errors import InputError
 from nexusgen.images import crop_image, to_pixels
@@ -23,7 +22,7 @@ from nexusgen.model.manifest import Manifest
 from nexusgen.model.weights import Model
 from nexusgen.sample_losses import flow_losses, text_losses
 from nexusgen.sampling import decode_embeddings, drawing_parts, encode_references
-from pipelines.evaluation_samples import EvaluationSample, StoredSamples, conversation_batch, look
+from pipelines.evaluation_samples import EvaluationSample, SamplesSuite, StoredSamples, conversation_batch, look
 from pipelines.plots import draw_histogram
 from pipelines.sheets import draw_sheet, sample_cell
 from pipelines.suites import ITEM_COLUMNS, Measures, Row, SuiteResult, Unit, cut, nested_scores, require_parts, to_png
@@ -33,7 +32,7 @@ LOSSES = ("ce", "mse", "cosine_distance", "generation_flow", "editing_flow")
 _TEXT, _BYTES = pa.string(), pa.binary()
 
 
-class HeldOutSuite(Config):
+class HeldOutSuite(SamplesSuite):
     """How well a model does on samples of its own kind that it hasn't seen.
 
     Items of kind `drawn` are samples that the assistant answers with an image, each with its last one; of kind
@@ -64,21 +63,7 @@ class HeldOutSuite(Config):
     )
 
     samples: StoredSamples
-    seed: int
-    steps: int | None
     num_targets: int
-    num_pictures: int
-    batch_size: int
-
-    @property
-    def path(self) -> str:
-        """Each data set has its own results."""
-        return f"{self.name}/{self.samples.data}"
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """All fields but the place."""
-        return self.model_dump(mode="json", exclude={"samples": {"storage"}})
 
     def check(self, manifest: Manifest) -> None:
         """Raises: ModelError, InputError; FingerprintError if another encoder embedded the data."""

@@ -7,7 +7,7 @@ picture of the same data one from below.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,6 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from nexusgen.config import Config
 from nexusgen.embedding_error import position_errors
 from nexusgen.errors import InputError
 from nexusgen.images import crop_image, from_pixels, to_pixels
@@ -25,7 +24,7 @@ from nexusgen.model.manifest import Manifest
 from nexusgen.model.weights import Model
 from nexusgen.picture_quality import psnr, ssim
 from nexusgen.sampling import decode_embeddings, encode_references
-from pipelines.evaluation_samples import Samples, StoredSamples, drawn_image, look
+from pipelines.evaluation_samples import SamplesSuite, drawn_image, look
 from pipelines.plots import draw_histogram
 from pipelines.sheets import draw_sheet, sample_cell
 from pipelines.suites import ITEM_COLUMNS, Measures, Row, SuiteResult, Unit, cut, nested_scores, require_parts, to_png
@@ -38,7 +37,7 @@ _LABELS = {
 }
 
 
-class ReconstructionSuite(Config):
+class ReconstructionSuite(SamplesSuite):
     """How near pictures come back; the kinds of items are ways of making them.
 
     | kind | the picture is drawn from |
@@ -64,22 +63,7 @@ class ReconstructionSuite(Config):
         ]
     )
 
-    samples: Samples
     decoders: tuple[ConditionerKind, ...]  # those that the model has
-    seed: int
-    steps: int | None
-    num_pictures: int
-    batch_size: int
-
-    @property
-    def path(self) -> str:
-        """Each data set has its own results."""
-        return f"{self.name}/{self.samples.data}" if isinstance(self.samples, StoredSamples) else self.name
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """All fields but the place."""
-        return self.model_dump(mode="json", exclude={"samples": {"storage"}})
 
     def check(self, manifest: Manifest) -> None:
         """Raises: ModelError if the model lacks a part; as the samples' `check`; InputError for fewer than 2."""

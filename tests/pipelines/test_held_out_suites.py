@@ -11,6 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from suite_rows import rows_of
 from tiny_training import make_embedded, make_tiny_model, write_shard
 
 from nexusgen.base_training import IMAGE_SIZE
@@ -35,7 +36,6 @@ from pipelines.stages import EmbeddedRow, StoredImage
 from pipelines.suite_embedding_prediction import EmbeddingPredictionSuite, teacher_forced
 from pipelines.suite_held_out import HeldOutSuite, rank_targets
 from pipelines.suite_reconstruction import ReconstructionSuite
-from pipelines.suites import EvaluationSuite
 
 DRAWN: dict[str, Any] = {"seed": 0, "steps": 2, "num_pictures": 5, "batch_size": 4}
 
@@ -43,15 +43,6 @@ DRAWN: dict[str, Any] = {"seed": 0, "steps": 2, "num_pictures": 5, "batch_size":
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return load_model(make_tiny_model(tmp_path_factory.mktemp("model")))
-
-
-def rows_of(suite: EvaluationSuite, model: Model) -> list[dict[str, Any]]:
-    work = suite.worker(model)
-    return [
-        {"kind": unit.kind, "index": unit.first + place, **row}
-        for unit in suite.units()
-        for place, row in enumerate(work(unit))
-    ]
 
 
 def stored(storage_uri: str, data: str = "held-out", digest: str = "", max_samples: int = 30) -> StoredSamples:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
+from suite_rows import rows_of
 from tiny_training import make_tiny_model
 
 from nexusgen import shapes
@@ -18,7 +19,7 @@ from nexusgen.model.weights import Model, load_model
 from nexusgen.statistics import mean_of_groups
 from pipelines import suite_demo_world
 from pipelines.suite_demo_world import DemoWorldSuite
-from pipelines.suites import EvaluationSuite, Unit
+from pipelines.suites import Unit
 
 WORLD = DemoWorldSuite(
     seed=3, steps=2, per_category=2, num_explicit=3, num_questions=2, num_edits=3, num_pictures=4, batch_size=5
@@ -28,15 +29,6 @@ WORLD = DemoWorldSuite(
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return load_model(make_tiny_model(tmp_path_factory.mktemp("model")))
-
-
-def rows_of(suite: EvaluationSuite, model: Model) -> list[dict[str, Any]]:
-    work = suite.worker(model)
-    return [
-        {"kind": unit.kind, "index": unit.first + place, **row}
-        for unit in suite.units()
-        for place, row in enumerate(work(unit))
-    ]
 
 
 def paint(scene_of: Callable[[str], shapes.Scene]) -> Callable[..., list[Image.Image]]:
