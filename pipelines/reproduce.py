@@ -2,7 +2,7 @@
 
 | experiment | arms | what they are measured by |
 |---|---|---|
-| prefill-ablation | query embeddings, or true embeddings, at image positions | errors by position, scores |
+| prefill-ablation | query embeddings, or embeddings themselves, at image positions | errors by position, scores |
 | loss-weights | both parts of the image loss, or one of them | the same |
 | decoder-inputs | the decoder learns from the encoder's embeddings, or from predicted ones | scores |
 
@@ -46,7 +46,7 @@ from pipelines.trials import Trial, digest_of, keep, tell, train_trial
 
 Experiment = Literal["prefill-ablation", "loss-weights", "decoder-inputs"]
 ARMS: Mapping[Experiment, tuple[str, ...]] = {
-    "prefill-ablation": ("prefilled", "naive"),
+    "prefill-ablation": ("prefilled", "naive", "naive-longer"),
     "loss-weights": ("prefilled", "without-mse", "without-cosine"),
     "decoder-inputs": ("encoder", "predicted"),
 }
@@ -218,7 +218,9 @@ class _Laboratory:
     # --- trials ---
 
     def _ar_trial(self, arm: str, seed: int) -> Trial:
-        return self._trial("ar", arm, seed, self._config.train_ar, {})
+        config = self._config.train_ar
+        num_steps = round(config.num_steps * AR_ARMS[arm].steps_factor)
+        return self._trial("ar", arm, seed, config.model_copy(update={"num_steps": num_steps}), {})
 
     def _decoder_trial(self, arm: str, seed: int) -> Trial:
         inputs = {"predictor": digest_of(self._ar_trial("prefilled", seed).settings)} if arm == "predicted" else {}

@@ -47,7 +47,8 @@ def test_prefill_ablation_makes_its_table_and_figures_and_keeps_what_is_finished
     out: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     found = run(capfd, out, "prefill-ablation")
-    assert set(found["trials"]) == {"prefilled", "naive"}
+    assert set(found["trials"]) == {"prefilled", "naive", "naive-longer"}
+    assert found["trials"]["naive-longer"][0]["training"]["settings"]["training"]["num_steps"] == 4  # of 3, by half
     assert all(len(trials) == 2 for trials in found["trials"].values())
     trial = found["trials"]["naive"][1]
     assert trial["training"]["settings"]["training"]["seed"] == 1
@@ -122,12 +123,13 @@ def verdicts(prefilled: dict[str, Any], naive: dict[str, Any]) -> list[str]:
 
 def test_verdicts_follow_from_the_numbers() -> None:
     as_claimed = verdicts(trial(0.06, [0.05, 0.06, 0.07], 0.9), trial(0.05, [0.05, 0.4, 1.0], 0.2))
-    assert as_claimed == ["holds"] * 5
+    assert as_claimed == ["holds"] * 6
     badly_trained = verdicts(trial(0.06, [0.05, 0.06, 0.07], 0.9), trial(0.5, [0.5, 0.5, 0.5], 0.9))
-    assert badly_trained[:3] == ["FAILS", "FAILS", "holds"]
-    assert all(one.startswith("can't be told") for one in badly_trained[3:])
+    assert [one.partition(":")[0] for one in badly_trained[:4]] == ["FAILS", "can't be told", "FAILS", "holds"]
+    assert all(one.startswith("can't be told") for one in badly_trained[4:])
     reversed_ = verdicts(trial(0.06, [0.05, 0.06, 0.07], 0.2), trial(0.01, [0.01, 0.01, 0.01], 0.9))
-    assert reversed_ == ["holds", "FAILS", *["FAILS: the other way round"] * 3]
+    assert reversed_[0] == "holds"
+    assert reversed_[2:] == ["FAILS", *["FAILS: the other way round"] * 3]
 
 
 def test_table_is_markdown() -> None:
