@@ -219,8 +219,9 @@ class _Laboratory:
 
     def _ar_trial(self, arm: str, seed: int) -> Trial:
         config = self._config.train_ar
-        num_steps = round(config.num_steps * AR_ARMS[arm].steps_factor)
-        return self._trial("ar", arm, seed, config.model_copy(update={"num_steps": num_steps}), {})
+        factor = AR_ARMS[arm].steps_factor
+        longer = {key: round(getattr(config, key) * factor) for key in ("num_steps", "max_skipped_steps")}
+        return self._trial("ar", arm, seed, config.model_copy(update=longer), {})
 
     def _decoder_trial(self, arm: str, seed: int) -> Trial:
         inputs = {"predictor": digest_of(self._ar_trial("prefilled", seed).settings)} if arm == "predicted" else {}

@@ -48,7 +48,7 @@ def test_prefill_ablation_makes_its_table_and_figures_and_keeps_what_is_finished
 ) -> None:
     found = run(capfd, out, "prefill-ablation")
     assert set(found["trials"]) == {"prefilled", "naive", "naive-longer"}
-    assert found["trials"]["naive-longer"][0]["training"]["settings"]["training"]["num_steps"] == 6  # of 3
+    assert found["trials"]["naive-longer"][0]["training"]["settings"]["training"]["num_steps"] == 4  # of 3, by half
     assert all(len(trials) == 2 for trials in found["trials"].values())
     trial = found["trials"]["naive"][1]
     assert trial["training"]["settings"]["training"]["seed"] == 1
