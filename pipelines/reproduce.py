@@ -53,7 +53,7 @@ ARMS: Mapping[Experiment, tuple[str, ...]] = {
 # What a training's configuration says about where and when, not about what is computed.
 _IDLE_KEYS = {
     "storage", "name", "model", "data", "dry_run", "fresh", "log_every", "checkpoint_every", "keep_checkpoints",
-    "max_restarts", "cpus_per_worker", "threads_per_worker", "gpus_per_worker",
+    "max_restarts", "max_skipped_steps", "cpus_per_worker", "threads_per_worker", "gpus_per_worker",
 }  # fmt: skip
 
 
@@ -219,9 +219,8 @@ class _Laboratory:
 
     def _ar_trial(self, arm: str, seed: int) -> Trial:
         config = self._config.train_ar
-        factor = AR_ARMS[arm].steps_factor
-        longer = {key: round(getattr(config, key) * factor) for key in ("num_steps", "max_skipped_steps")}
-        return self._trial("ar", arm, seed, config.model_copy(update=longer), {})
+        num_steps = round(config.num_steps * AR_ARMS[arm].steps_factor)
+        return self._trial("ar", arm, seed, config.model_copy(update={"num_steps": num_steps}), {})
 
     def _decoder_trial(self, arm: str, seed: int) -> Trial:
         inputs = {"predictor": digest_of(self._ar_trial("prefilled", seed).settings)} if arm == "predicted" else {}

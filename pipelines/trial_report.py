@@ -176,8 +176,10 @@ def _trial_table(trials: Mapping[str, Trials]) -> str:
         for seed, trial in enumerate(of_arm):
             errors = [f"{np.mean(trial['errors'][task][mode]['mse']):.4f}" for task in tasks for mode in MODES]
             scores = [f"{_overall(trial['scores']).value:.3f}", f"{np.mean(trial['scores']['explicit']):.3f}"]
-            rows.append([f"{arm}, {seed}", *errors, *scores, f"{trial['training']['cpu_seconds']:.0f}"])
-    return table([*header, "overall", "explicit", "training, CPU s"], rows)
+            training = trial["training"]
+            cost = [str(training["num_skipped"]), f"{training['cpu_seconds']:.0f}"]
+            rows.append([f"{arm}, {seed}", *errors, *scores, *cost])
+    return table([*header, "overall", "explicit", "skipped steps", "training, CPU s"], rows)
 
 
 def _pooled(scores: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
