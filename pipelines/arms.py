@@ -30,6 +30,7 @@ class PrefilledArm(AutoregressiveStage):
 
     image_mode: ClassVar[ImageMode] = ImageMode.ONE_PASS  # how its model predicts an image
     steps_factor: ClassVar[float] = 1.0  # of the configured steps
+    skips_spikes: ClassVar[bool] = True  # steps whose gradient is far larger than those before it
 
     def output(self, batch: ConversationBatch) -> AutoregressiveOutput:
         """The teacher-forced forward."""
@@ -72,8 +73,13 @@ def embed_true_images(model: AutoregressiveModel, batch: ConversationBatch) -> F
 
 
 class WithoutMseArm(PrefilledArm):
-    """Stage ar without the squared error: only the directions of embeddings are learned."""
+    """Stage ar without the squared error: only the directions of embeddings are learned.
 
+    The gradient of a cosine shrinks as the predictions grow, which nothing holds back here. The guard against spikes
+    measures a gradient by the ones before it: after a shrunken stretch it would skip every step to come.
+    """
+
+    skips_spikes = False
     weights: ClassVar[Mapping[str, float]] = {**AUTOREGRESSIVE_WEIGHTS, "mse": 0.0}
 
 

@@ -50,6 +50,7 @@ ARMS: Mapping[Experiment, tuple[str, ...]] = {
     "loss-weights": ("prefilled", "without-mse", "without-cosine"),
     "decoder-inputs": ("encoder", "predicted"),
 }
+NO_SPIKES = 1e9  # max_gradient_ratio of arms that take every step
 # What a training's configuration says about where and when, not about what is computed.
 _IDLE_KEYS = {
     "storage", "name", "model", "data", "dry_run", "fresh", "log_every", "checkpoint_every", "keep_checkpoints",
@@ -219,8 +220,11 @@ class _Laboratory:
 
     def _ar_trial(self, arm: str, seed: int) -> Trial:
         config = self._config.train_ar
-        num_steps = round(config.num_steps * AR_ARMS[arm].steps_factor)
-        return self._trial("ar", arm, seed, config.model_copy(update={"num_steps": num_steps}), {})
+        of_arm = AR_ARMS[arm]
+        changes: dict[str, Any] = {"num_steps": round(config.num_steps * of_arm.steps_factor)}
+        if not of_arm.skips_spikes:
+            changes["max_gradient_ratio"] = NO_SPIKES
+        return self._trial("ar", arm, seed, config.model_copy(update=changes), {})
 
     def _decoder_trial(self, arm: str, seed: int) -> Trial:
         inputs = {"predictor": digest_of(self._ar_trial("prefilled", seed).settings)} if arm == "predicted" else {}
