@@ -375,7 +375,7 @@ def _draw_errors(trials: Mapping[str, Trials]) -> Figure:
             axes.set_xticks(places)
             axes.grid(alpha=0.3, which="both")
         row[0].set_ylabel("MSE of the embedding")
-        row[1].legend(fontsize=8, loc="lower left")
+        row[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     return figure
 
 
@@ -415,4 +415,5 @@ def _draw_bars(axes: Axes, by_arm: Mapping[str, Mapping[str, Sequence[float]]]) 
     axes.set(title="score on held-out prompts, 95 % intervals", ylim=(0, 1.02))
     axes.set_xticks(places, names, rotation=20)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize=8)
+    # Below, where no bar can stand.
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=len(by_arm))
