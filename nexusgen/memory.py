@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from nexusgen.errors import ModelError, ResourceError
 from nexusgen.model.decoder import QUANTISED_DTYPES, TRANSFORMER_STEM, Quantisation, is_quantised
@@ -203,6 +205,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} can't be read: {error}") from None
     return content
+
+
+def unique_bytes(tensors: Iterable[Shaped[Tensor, ...]]) -> int:
+    """Bytes of memory behind tensors, what several of them share counted once."""
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+    return sum(storages.values())
 
 
 def free_bytes(device: str) -> int:

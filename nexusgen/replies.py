@@ -70,10 +70,11 @@ class ImageMode(StrEnum):
 
 
 def image_block(
-    rules: Rules, starts: Sequence[int]
+    rules: Rules, starts: Sequence[int], queries: Float[Tensor, "rows tokens hidden"] | None = None
 ) -> tuple[Float[Tensor, "rows block hidden"], Int[Tensor, "3 rows block"]]:
     """The inputs `vision_start, queries, vision_end` that predict a whole image in each row, and their positions from
-    `starts` on. Image token i is predicted at place i; the text goes on after `rules.image_span + 2` positions."""
+    `starts` on. Image token i is predicted at place i; the text goes on after `rules.image_span + 2` positions. Without
+    `queries` of each row's own they are the model's."""
     model = rules.model
     height, width = model.geometry.target_grid
     places = torch.zeros(3, rules.num_image_tokens + 2, dtype=torch.int64)
@@ -81,8 +82,10 @@ def image_block(
     places[:, -1] = 1 + rules.image_span
     device = model.vision_head.weight.device
     ends = model.embed_tokens(torch.tensor([[rules.vision_start, rules.vision_end]], device=device))
-    queries = model.image_prefill_embeds.weight[None].to(ends.dtype)
-    block = torch.cat([ends[:, :1], queries, ends[:, 1:]], dim=1).expand(len(starts), -1, -1)
+    if queries is None:
+        queries = model.image_prefill_embeds.weight[None]
+    queries, ends = queries.to(ends.dtype).expand(len(starts), -1, -1), ends.expand(len(starts), -1, -1)
+    block = torch.cat([ends[:, :1], queries, ends[:, 1:]], dim=1)
     return block, places[:, None] + torch.tensor(starts)[None, :, None]
 
 

@@ -3,6 +3,7 @@
 All requests share one KV cache, a slot each. A step feeds every request once: prompts that have just joined on their
 own rows, the last token of those that write text in one pass, and a whole image in one pass for all that have reached
 one; then each request chooses its next token. What a reply says is what `generate_replies` says for its prompt alone.
+Requests may be for several versions of the model on one copy of its weights (`variants`): they share passes, too.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedTokenizerBase
 
@@ -21,15 +22,17 @@ from nexusgen.errors import InputError, ResourceError
 from nexusgen.model.autoregressive import AutoregressiveModel
 from nexusgen.replies import image_block
 from nexusgen.slot_cache import SlotCache
+from nexusgen.variants import Variant, Variants
 from nexusgen.writing import Piece, Prompt, Row, Rules, SamplingParams
 
 
 class _Request(Row):
     """A request in its slot; its `number` is the ticket."""
 
-    def __init__(self, rules: Rules, ticket: int, slot: int) -> None:
+    def __init__(self, rules: Rules, ticket: int, slot: int, variant: Variant) -> None:
         super().__init__(rules, ticket)
         self.slot = slot
+        self.variant = variant
         self.unread: Prompt | None = None
 
 
@@ -37,7 +40,7 @@ class ReplyEngine:
     """Replies to at most `num_slots` requests at a time, each of at most `max_length` tokens with its prompt.
 
     With `deterministic`, every pass has one size whatever the company: text and image passes run over all slots and
-    `max_length` keys, and prompts are read one by one. A reply is then equal in every bit alone and in any company, on
+    `max_length` keys, one for each version that is asked, and prompts are read one by one. A reply is then equal in every bit alone and in any company, on
     one machine with one number of threads. Without it token ids are equal but for ties within rounding, and embeddings
     close. Not for several threads at once. After a step that has raised, the engine must be given up.
     Raises: InputError for sizes out of range.
@@ -51,6 +54,7 @@ class ReplyEngine:
         max_length: int,
         *,
         deterministic: bool = False,
+        variants: Variants | None = None,
     ) -> None:
         self._rules = Rules(model, tokenizer)
         if num_slots < 1:
@@ -60,6 +64,7 @@ class ReplyEngine:
                 f"max_length is {max_length:,}; it must be from 2 to the model's context of {self._rules.context:,}"
             )
         self._model = model
+        self._variants = variants if variants is not None else Variants(model)
         self._max_length = max_length
         self._deterministic = deterministic
         self._device = model.vision_head.weight.device
@@ -79,8 +84,10 @@ class ReplyEngine:
         """Slots that a request can join."""
         return self._requests.count(None)
 
-    def join(self, prompt: Prompt, params: SamplingParams) -> int:
+    def join(self, prompt: Prompt, params: SamplingParams, variant: str | None = None) -> int:
         """Take in a request; the next step reads its prompt. Returns its ticket, a number never given again.
+
+        `variant` names the version that it is for, one of `variants`; None is the model itself.
 
         Raises: InputError and ShapeError as `generate_replies`, and InputError for a prompt that leaves no room within
         `max_length`; ResourceError if no slot is free. Nothing is changed then.
@@ -88,7 +95,7 @@ class ReplyEngine:
         if not self.num_free:
             raise ResourceError(f"all {len(self._requests)} slots are taken: wait until num_free is above 0")
         slot = self._requests.index(None)
-        request = _Request(self._rules, next(self._tickets), slot)
+        request = _Request(self._rules, next(self._tickets), slot, self._variants[variant])
         room = request.check(prompt, params, self._max_length, "a slot of the engine")
         request.begin(prompt, params, room)
         request.unread = prompt
@@ -110,11 +117,10 @@ class ReplyEngine:
         writing = [request for request in present if request.unread is None and request.is_writing]
         for group in self._joined():
             pieces += self._read(group)
-        if writing:
-            self._feed_text(writing)
-        waiting = [request for request in present if request.is_waiting]
-        if waiting:
-            pieces += self._feed_images(waiting)
+        for group in self._passes(writing):
+            self._feed_text(group)
+        for group in self._passes([request for request in present if request.is_waiting]):
+            pieces += self._feed_images(group)
         choosing = [request for request in present if request.is_writing]
         if choosing:
             pieces += self._choose(choosing)
@@ -132,13 +138,22 @@ class ReplyEngine:
         self._cache.clear(request.slot)
 
     def _joined(self) -> list[list[_Request]]:
-        """Requests that haven't been read, in groups to be read together: at most half of a group is padding."""
-        groups: dict[int, list[_Request]] = {}
+        """Requests that haven't been read, in groups to be read together: of one version, which has its own query
+        embeddings, and at most half of a group is padding."""
+        groups: dict[tuple[int, Variant], list[_Request]] = {}
         for request in self._present():
             if request.unread is not None:
                 length = len(request.unread.conversation.input_ids)
-                groups.setdefault(request.slot if self._deterministic else length.bit_length(), []).append(request)
+                size = request.slot if self._deterministic else length.bit_length()
+                groups.setdefault((size, request.variant), []).append(request)
         return list(groups.values())
+
+    def _passes(self, requests: Sequence[_Request]) -> list[list[_Request]]:
+        """Requests that go on, by passes: one for all. With `deterministic` each version has its own, as an adapter
+        would else multiply as many rows as it has requests, and round by their number."""
+        if not self._deterministic:
+            return [list(requests)] if requests else []
+        return list(_by_variant(requests).values())
 
     def _read(self, requests: Sequence[_Request]) -> Iterator[Piece]:
         """Feed the prompts of requests that have just joined."""
@@ -152,11 +167,13 @@ class ReplyEngine:
                 prompts.append(prompt)
                 inputs.append(read)
         if fed:
-            padded = self._rules.embed(inputs, prompts, left=False)
+            variant = fed[0].variant
+            padded = self._rules.embed(inputs, prompts, left=False, queries=variant.queries)
             slots, length = [request.slot for request in fed], padded.embeddings.shape[1]
             self._cache.begin(slots, [0] * len(fed), length, length)
             # The plain causal mask is enough: padding comes behind, and is overwritten.
-            hidden = self._model.run_layers(padded.embeddings, padded.positions.to(self._device), None, self._cache)
+            with self._variants.of_rows([variant] * len(fed)):
+                hidden = self._model.run_layers(padded.embeddings, padded.positions.to(self._device), None, self._cache)
             for request, read, of_row in zip(fed, inputs, hidden, strict=True):
                 request.num_read = len(read.ids)
                 self._last_hidden[request.slot] = of_row[request.num_read - 1]
@@ -177,14 +194,21 @@ class ReplyEngine:
     def _feed_images(self, requests: Sequence[_Request]) -> Iterator[Piece]:
         """Predict the image that each request has reached."""
         count = self._rules.num_image_tokens
-        block, positions = image_block(self._rules, [request.next_position for request in requests])
+        queries = torch.stack([request.variant.queries for request in requests])
+        block, positions = image_block(self._rules, [request.next_position for request in requests], queries)
         hidden, rows = self._run(requests, block, positions)
         self._last_hidden[[request.slot for request in requests]] = hidden[rows, -1]
-        predictions = self._model.vision_head(hidden[:, :count])
-        for request, row in zip(requests, rows, strict=True):
-            request.num_read += count + 2
-            request.next_position += self._rules.image_span + 2
-            yield request.add_image(predictions[row].clone())  # or it would keep those of the whole pass
+        row_of = {request.slot: row for request, row in zip(requests, rows, strict=True)}
+        for variant, group in _by_variant(requests).items():
+            of_group = [row_of[request.slot] for request in group]
+            is_whole = self._deterministic or len(group) == len(requests)  # then it is one version's pass
+            states = hidden[:, :count] if is_whole else hidden[of_group, :count]
+            predictions = nn.functional.linear(states, variant.vision_head)
+            for place, (request, row) in enumerate(zip(group, of_group, strict=True)):
+                request.num_read += count + 2
+                request.next_position += self._rules.image_span + 2
+                # A copy, or it would keep those of the whole pass.
+                yield request.add_image(predictions[row if is_whole else place].clone())
 
     def _choose(self, requests: Sequence[_Request]) -> Iterator[Piece]:
         """Append the next token to each request."""
@@ -206,7 +230,7 @@ class ReplyEngine:
         positions: Int[Tensor, "3 requests new"],
     ) -> tuple[Float[Tensor, "rows new hidden"], list[int]]:
         """One pass that goes on from what requests hold. Returns hidden states and each request's row in them."""
-        slots = [request.slot for request in requests]
+        slots, variants = [request.slot for request in requests], [request.variant for request in requests]
         starts = [request.num_read for request in requests]
         num_new = embeddings.shape[1]
         rows, num_keys = list(range(len(slots))), max(starts) + num_new
@@ -214,6 +238,7 @@ class ReplyEngine:
             # The other slots are fed as well, and write behind the end.
             rows, num_keys = slots, self._max_length
             slots = list(range(len(self._requests)))
+            variants = variants[:1] * len(slots)
             all_starts, of_requests = [self._max_length] * len(slots), (embeddings, positions)
             embeddings = embeddings.new_zeros(len(slots), *embeddings.shape[1:])
             positions = positions.new_zeros(3, len(slots), num_new)
@@ -226,5 +251,12 @@ class ReplyEngine:
         mask = self._cache.mask() if needs_mask else None
         # A CPU's fused attention rounds by how its threads' buffers lie in memory: differently from slot to slot.
         is_plain = self._deterministic and self._device.type == "cpu"
-        with sdpa_kernel(SDPBackend.MATH) if is_plain else contextlib.nullcontext():
+        with sdpa_kernel(SDPBackend.MATH) if is_plain else contextlib.nullcontext(), self._variants.of_rows(variants):
             return self._model.run_layers(embeddings, positions.to(self._device), mask, self._cache), rows
+
+
+def _by_variant(requests: Sequence[_Request]) -> dict[Variant, list[_Request]]:
+    groups: dict[Variant, list[_Request]] = {}
+    for request in requests:
+        groups.setdefault(request.variant, []).append(request)
+    return groups

@@ -165,8 +165,15 @@ class Rules:
         """What earlier generated images add to each token's training position."""
         return (is_target.cumsum() - is_target) // self.num_image_tokens * (self.image_span - self._trained_span)
 
-    def embed(self, rows: Sequence[PromptInputs], prompts: Sequence[Prompt], left: bool) -> PaddedInputs:
-        """What is fed of several prompts, padded on the left or on the right to the longest."""
+    def embed(
+        self,
+        rows: Sequence[PromptInputs],
+        prompts: Sequence[Prompt],
+        left: bool,
+        queries: Float[Tensor, "tokens hidden"] | None = None,
+    ) -> PaddedInputs:
+        """What is fed of several prompts, padded on the left or on the right to the longest. Without `queries` the
+        query embeddings are the model's."""
         length = max(1, *(len(row.ids) for row in rows))
         device = self.model.vision_head.weight.device
         is_target = _pad([row.is_target for row in rows], length, 0, left)
@@ -175,6 +182,7 @@ class Rules:
             is_target.to(device),
             torch.cat([prompt.input_embeddings.to(device) for prompt in prompts]),
             int(is_target.sum()) // self.num_image_tokens,
+            queries,
         )
         positions = _pad([row.positions for row in rows], length, 0, left).transpose(0, 1)
         mask = _pad([np.ones_like(row.ids) for row in rows], length, 0, left)

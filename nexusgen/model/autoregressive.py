@@ -134,12 +134,14 @@ class AutoregressiveModel(nn.Module):
         is_target: Bool[Tensor, "batch length"],
         input_embeddings: Float[Tensor, "inputs hidden"],
         num_targets: int,
+        queries: Float[Tensor, "tokens hidden"] | None = None,
     ) -> Float[Tensor, "batch length hidden"]:
-        """Token embeddings, with the query embeddings at each of the `num_targets` target images and, at the other
-        image tokens, `input_embeddings` in order."""
+        """Token embeddings, with the query embeddings (the model's, unless others are given) at each of the
+        `num_targets` target images and, at the other image tokens, `input_embeddings` in order."""
         embeddings = self.embed_tokens(input_ids)
         is_input = (input_ids == self.image_token_id) & ~is_target
-        queries = self.image_prefill_embeds.weight.repeat(num_targets, 1).to(embeddings.dtype)
+        queries = self.image_prefill_embeds.weight if queries is None else queries
+        queries = queries.repeat(num_targets, 1).to(embeddings.dtype)
         embeddings = embeddings.masked_scatter(is_input[..., None], input_embeddings.to(embeddings.dtype))
         return embeddings.masked_scatter(is_target[..., None], queries)
 
