@@ -40,9 +40,10 @@ class ReplyEngine:
     """Replies to at most `num_slots` requests at a time, each of at most `max_length` tokens with its prompt.
 
     With `deterministic`, every pass has one size whatever the company: text and image passes run over all slots and
-    `max_length` keys, one for each version that is asked, and prompts are read one by one. A reply is then equal in every bit alone and in any company, on
-    one machine with one number of threads. Without it token ids are equal but for ties within rounding, and embeddings
-    close. Not for several threads at once. After a step that has raised, the engine must be given up.
+    `max_length` keys, one for each version that is asked, and prompts are read one by one. A reply is then equal in
+    every bit alone and in any company, on one machine with one number of threads. Without it token ids are equal but
+    for ties within rounding, and embeddings close. Not for several threads at once. After a step that has raised, the
+    engine must be given up.
     Raises: InputError for sizes out of range.
     """
 

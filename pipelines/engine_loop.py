@@ -11,7 +11,8 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -19,6 +20,7 @@ from pipelines.orders import UnavailableError
 
 RequestT = TypeVar("RequestT", contravariant=True)
 LoopRequestT = TypeVar("LoopRequestT")
+_TAKEN_DOWN = "this version of the model has just been taken down; try again"
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class EngineLoop(Generic[LoopRequestT]):
         self._running: dict[int, _Job] = {}
         self._joining: _Job | None = None
         self._abandoned: list[_Job] = []
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._wake = threading.Condition()
         self._is_closed = False
         self._step_began: float | None = None
@@ -127,7 +130,7 @@ class EngineLoop(Generic[LoopRequestT]):
         job = _Job(request, asyncio.get_running_loop(), asyncio.Queue(), time.monotonic())
         with self._wake:
             if self._is_closed:
-                raise UnavailableError("this version of the model has just been taken down; try again")
+                raise UnavailableError(_TAKEN_DOWN)
             self._waiting.append(job)
             self._wake.notify()
         is_over = False
@@ -145,6 +148,17 @@ class EngineLoop(Generic[LoopRequestT]):
                     self._abandoned.append(job)
                     self._wake.notify()
 
+    async def run(self, call: Callable[[], Any]) -> Any:
+        """Call something on the thread, between two steps, and give what it gives. Requests whose callers had gone away
+        before are out of the engine by then. Raises: what it raises; UnavailableError if closed."""
+        done: Future[Any] = Future()
+        with self._wake:
+            if self._is_closed:
+                raise UnavailableError(_TAKEN_DOWN)
+            self._calls.append((call, done))
+            self._wake.notify()
+        return await asyncio.wrap_future(done)
+
     def close(self) -> None:
         """End the thread; requests that are still here fail with UnavailableError."""
         with self._wake:
@@ -158,17 +172,22 @@ class EngineLoop(Generic[LoopRequestT]):
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not (self._waiting or self._running or self._abandoned or self._is_closed):
+                while not (self._waiting or self._running or self._abandoned or self._calls or self._is_closed):
                     self._wake.wait()
                 abandoned, self._abandoned = self._abandoned, []
+                calls, self._calls = self._calls, deque()
                 if self._is_closed:
                     break
             for job in abandoned:
                 self._drop(job)
+            for call, done in calls:
+                _call(call, done)
             self._admit()
             if self._running:
                 self._step()
-        gone = UnavailableError("this version of the model has just been taken down; try again")
+        gone = UnavailableError(_TAKEN_DOWN)
+        for _, done in calls:
+            done.set_exception(gone)
         for job in [*self._waiting, *self._running.values()]:
             _send(job, gone)
         self._waiting.clear()
@@ -232,6 +251,15 @@ class EngineLoop(Generic[LoopRequestT]):
             if event.is_last:
                 del self._running[event.ticket]
             _send(job, event)
+
+
+def _call(call: Callable[[], Any], done: Future[Any]) -> None:
+    if not done.set_running_or_notify_cancel():
+        return
+    try:
+        done.set_result(call())
+    except Exception as error:
+        done.set_exception(error)
 
 
 def _send(job: _Job, event: EngineEvent | BaseException) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from pipelines.orders import ChatOrder, PictureOrder, PictureSettings, Text, Usa
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
 
     from nexusgen.model.decoder import ConditionerKind
     from nexusgen.model.weights import Model
@@ -40,17 +41,25 @@ class Replied:
 
 @dataclass(frozen=True)
 class ReplyRequest:
-    """An order to the language model, its pictures decoded."""
+    """An order to the language model, its pictures decoded, for one of the versions on it."""
 
     order: ChatOrder | PictureOrder
     images: tuple[Image.Image, ...]
+    variant: str | None  # the adapter's name; None: the model itself
+    can_edit: bool  # the version has a decoder that wants the embeddings of what is edited
 
 
 class ReplyWork:
-    """The language model: chat orders become texts and predictions, picture orders one prediction."""
+    """The language model: chat orders become texts and predictions, picture orders one prediction.
+
+    Several versions may be on it, as adapters; `variants` is to be changed on the thread that steps alone.
+    """
 
     def __init__(self, model: Model, num_slots: int, max_length: int, deterministic: bool) -> None:
+        from nexusgen.variants import Variants
+
         assert model.autoregressive is not None
+        self.variants = Variants(model.autoregressive)
         context = int(model.autoregressive.text_config.max_position_embeddings)
         self._model = model
         self._num_slots, self._max_length, self._deterministic = num_slots, min(max_length, context), deterministic
@@ -69,8 +78,8 @@ class ReplyWork:
         order, images = request.order, request.images
         prompt, params = self._prompt(order, images)
         usage = Usage(len(prompt.conversation.input_ids), 0, len(prompt.input_embeddings))
-        job = _ReplyJob(order, usage, self._reference(order, images))
-        ticket = self._engine.join(prompt, params)
+        job = _ReplyJob(order, usage, self._reference(order, images) if request.can_edit else None)
+        ticket = self._engine.join(prompt, params, request.variant)
         self._jobs[ticket] = job
         return ticket
 
@@ -104,7 +113,12 @@ class ReplyWork:
             self._num_slots,
             self._max_length,
             deterministic=self._deterministic,
+            variants=self.variants,
         )
+
+    def weights(self) -> Iterator[Tensor]:
+        """All tensors of weights in memory."""
+        return self.variants.tensors()
 
     def _events(self, piece: Any, job: _ReplyJob) -> list[EngineEvent]:
         ticket, order = piece.row, job.order
@@ -143,8 +157,6 @@ class ReplyWork:
 
     def _reference(self, order: ChatOrder | PictureOrder, images: Sequence[Image.Image]) -> np.ndarray | None:
         """What an editing decoder keeps to: the first picture of an edit, or of the last message of a conversation."""
-        if "editing_decoder" not in self._model.manifest.parts:
-            return None
         if isinstance(order, PictureOrder):
             kept = images[0] if images else None
         else:
@@ -181,6 +193,12 @@ class DrawWork:
 
         self._model = model
         self._engine = DenoisingEngine(model, kind, max_batch, deterministic=deterministic)
+
+    def weights(self) -> Iterator[Tensor]:
+        """All tensors of weights in memory."""
+        for part in (self._model.generation_decoder, self._model.editing_decoder, self._model.autoencoder):
+            if part is not None:
+                yield from part.state_dict().values()
 
     has_room = True  # the engine has its own order of what waits: pictures of all sizes take turns
 
@@ -221,8 +239,8 @@ class DrawWork:
         return lost
 
 
-def decode_order(order: ChatOrder | PictureOrder) -> ReplyRequest:
-    """An order with its pictures decoded. Raises: InputError for one that can't be used."""
+def decode_order(order: ChatOrder | PictureOrder, variant: str | None, can_edit: bool) -> ReplyRequest:
+    """An order with its pictures decoded, as `ReplyRequest` has it. Raises: InputError for one that can't be used."""
     from nexusgen.images import decode_image
 
     images = []
@@ -231,4 +249,4 @@ def decode_order(order: ChatOrder | PictureOrder) -> ReplyRequest:
             images.append(decode_image(data))
         except SampleError as error:
             raise InputError(f"image {number} can't be used: {error.reason}") from None
-    return ReplyRequest(order, tuple(images))
+    return ReplyRequest(order, tuple(images), variant, can_edit)

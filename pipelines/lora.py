@@ -59,6 +59,7 @@ class AdapterRecord(Config):
     base: str  # a model's name, as `resolve_model` takes it
     base_fingerprint: str  # of the whole folder
     lora: LoraConfig
+    digest: str | None = None  # sha256 of the adapter's file; records of earlier versions lack it
 
 
 def add_adapters(module: AutoregressiveModel, config: LoraConfig, frozen_dtype: torch.dtype) -> None:

@@ -30,7 +30,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -185,23 +186,87 @@ def resolve_model(spec: str, storage_uri: str | None = None) -> Path:
     Raises: InputError if there is nothing of that name; ModelError if it isn't a model folder; ConfigError;
     FingerprintError if an adapter's base has changed.
     """
+    folder = locate_model(spec, storage_uri)
+    return _with_base(folder, storage_uri) if (folder / ADAPTER_RECORD).is_file() else folder
+
+
+def locate_model(spec: str, storage_uri: str | None = None) -> Path:
+    """As `resolve_model`, but a folder that holds an adapter stays as it is: `find_adapter` tells what it is for."""
+    place = _find_place(spec, storage_uri)
+    folder = storage.fetch_folder(place) if storage.is_remote(place) else Path(place)
+    read_manifest(folder)
+    return folder
+
+
+def find_manifest(spec: str, storage_uri: str | None = None) -> Manifest:
+    """The manifest of what `resolve_model` gives, read where it lies: nothing is copied or merged.
+
+    Raises: as `resolve_model`.
+    """
+    place = _find_place(spec, storage_uri)
+    manifest = _read_manifest_at(place)
+    if storage.exists(record_uri := storage.join(place, ADAPTER_RECORD)):
+        record = _read_record(record_uri)
+        with _base_of(place, record):
+            found = find_manifest(record.base, storage_uri).fingerprint
+        _check_base_of(place, record, found)
+    return manifest
+
+
+def _find_place(spec: str, storage_uri: str | None) -> str:
+    """Folder or URI of a model, as it is stored. Raises: as `resolve_model`."""
     if spec == DEMO_BASE:
-        folder = demo_base()
-    elif spec.startswith("models:/"):
-        folder = _resolve_version(spec, storage_uri)
-    elif "://" in spec:
+        return str(demo_base())
+    if spec.startswith("models:/"):
+        version = _find_named_version(spec, storage_uri)
+        uri = _model_uri(storage_uri, version)
+        if uri.startswith("mlflow-artifacts:"):
+            return str(_download_artifacts(tracking.connect(storage_uri or "."), version))
+        if not storage.is_folder(uri):
+            raise InputError(f"{uri} is not a folder")
+        return uri if storage.is_remote(uri) else str(storage.local_path(uri))
+    if "://" in spec:
         if not storage.exists(storage.join(spec, MANIFEST_NAME)):
             raise ModelError(f"{spec} is not a model folder: it holds no {MANIFEST_NAME}")
-        folder = storage.fetch_folder(spec)
-    else:
-        folder = Path(spec)
-        if not folder.exists():
-            raise InputError(
-                f"model {spec}: there is no such folder; give {DEMO_BASE}, a model folder, an s3:// URI, "
-                f"models:/{MODEL_NAME}@champion or models:/{MODEL_NAME}/VERSION"
-            )
-    read_manifest(folder)
-    return _with_base(folder, storage_uri) if (folder / ADAPTER_RECORD).is_file() else folder
+        return spec if storage.is_remote(spec) else str(storage.local_path(spec))
+    if not Path(spec).exists():
+        raise InputError(
+            f"model {spec}: there is no such folder; give {DEMO_BASE}, a model folder, an s3:// URI, "
+            f"models:/{MODEL_NAME}@champion or models:/{MODEL_NAME}/VERSION"
+        )
+    return spec
+
+
+def _read_manifest_at(place: str) -> Manifest:
+    if not storage.is_remote(place):
+        return read_manifest(Path(place))
+    with tempfile.TemporaryDirectory() as scratch:
+        content = storage.read_bytes(storage.join(place, MANIFEST_NAME))
+        (Path(scratch) / MANIFEST_NAME).write_bytes(content)
+        return read_manifest(Path(scratch))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a model folder holds in place of whole weights of a language model, and the base folder that it is for."""
+
+    file: Path
+    base: Path
+    lora: LoraConfig
+
+
+def find_adapter(folder: Path, storage_uri: str | None = None) -> Adapter | None:
+    """The adapter in a model folder, with its base, to be used beside each other; None if it holds whole weights.
+
+    Raises: ModelError if the record can't be read, the adapter's file has changed or the base isn't found;
+    FingerprintError if the base has changed.
+    """
+    if not (folder / ADAPTER_RECORD).is_file():
+        return None
+    record, file = _read_record(str(folder / ADAPTER_RECORD)), folder / ADAPTER_FILE
+    if record.digest is not None and (found := storage.file_digest(file)) != record.digest:
+        raise ModelError(f"{file} has changed: its sha256 is {found}, wanted {record.digest}; register it again")
+    return Adapter(file, _find_base(folder, record, storage_uri), record.lora)
 
 
 def pin_model(spec: str, storage_uri: str | None = None) -> str:
@@ -383,7 +448,12 @@ def _publish(config: RegisterConfig, base: Path, trained: dict[str, Checkpoint],
         )
         if lora is not None and config.adapter == "keep":
             name = pin_model(config.model, config.storage)
-            record = AdapterRecord(base=name, base_fingerprint=lineage["base_fingerprint"], lora=lora)
+            record = AdapterRecord(
+                base=name,
+                base_fingerprint=lineage["base_fingerprint"],
+                lora=lora,
+                digest=storage.file_digest(adapter),
+            )
             _keep_adapter(out, base, adapter, record)
         (out / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         run = {"run_id": lineage["register_run_id"], "inputs": [{"uri": found.uri} for found in trained.values()]}
@@ -399,15 +469,21 @@ def _publish(config: RegisterConfig, base: Path, trained: dict[str, Checkpoint],
 
 
 def _keep_adapter(out: Path, base: Path, adapter: Path, record: AdapterRecord) -> None:
-    """In an assembled model folder put the adapter in the place of what it and the base make. The manifest stays."""
+    """In an assembled model folder put the adapter in the place of what it and the base make. The manifest stays.
+
+    A folder with a decoder of its own keeps the autoencoder, too, so that it can be drawn with as it is.
+    """
     from nexusgen.model.weights import DECODER_FOLDERS
 
     for path in (out / "autoregressive").glob("model*.safetensors*"):
         path.unlink()
     ours, theirs = read_manifest(out).fingerprints, read_manifest(base).fingerprints
-    for part, place in {**DECODER_FOLDERS, "vae": "vae"}.items():
-        if part in ours and ours[part] == theirs.get(part):
+    shared = [part for part in ours if ours[part] == theirs.get(part)]
+    for part, place in DECODER_FOLDERS.items():
+        if part in shared:
             shutil.rmtree(out / place)
+    if not any((out / place).is_dir() for place in DECODER_FOLDERS.values()):
+        shutil.rmtree(out / "vae", ignore_errors=True)
     shutil.copyfile(adapter, out / ADAPTER_FILE)
     (out / ADAPTER_RECORD).write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
@@ -418,21 +494,12 @@ def _with_base(folder: Path, storage_uri: str | None) -> Path:
     Raises: ModelError if the record can't be read, the base isn't found, or both make another model than was
     registered; FingerprintError if the base has changed.
     """
-    manifest, record = read_manifest(folder), _read_record(folder / ADAPTER_RECORD)
+    manifest, record = read_manifest(folder), _read_record(str(folder / ADAPTER_RECORD))
     cache = Path(tempfile.gettempdir()) / f"nexusgen-cache-{os.getuid()}"  # as `storage.fetch_folder` has it
     target = cache / f"adapted-{manifest.fingerprint}-{record.base_fingerprint}"
     if target.is_dir():
         return target
-    try:
-        base = resolve_model(record.base, storage_uri)
-    except (InputError, UsageError, ModelError) as error:
-        raise ModelError(f"{folder} holds an adapter for the base {record.base}, which isn't there: {error}") from None
-    found = read_manifest(base).fingerprint
-    if found != record.base_fingerprint:
-        raise FingerprintError(
-            f"{folder} holds an adapter for the base {record.base} of fingerprint {record.base_fingerprint}, but "
-            f"{record.base} is {found} now: bring the base back, or register the checkpoint again with adapter=merge"
-        )
+    base = _find_base(folder, record, storage_uri)
     from nexusgen.model.weights import DECODER_FOLDERS, assemble_model, write_manifest
 
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -455,11 +522,36 @@ def _with_base(folder: Path, storage_uri: str | None) -> Path:
     return target
 
 
-def _read_record(path: Path) -> AdapterRecord:
+def _find_base(folder: Path, record: AdapterRecord, storage_uri: str | None) -> Path:
+    """The base of a folder's adapter. Raises: ModelError if it isn't found; FingerprintError if it has changed."""
+    with _base_of(str(folder), record):
+        base = resolve_model(record.base, storage_uri)
+    _check_base_of(str(folder), record, read_manifest(base).fingerprint)
+    return base
+
+
+@contextmanager
+def _base_of(place: str, record: AdapterRecord) -> Iterator[None]:
+    """The body looks for the base of an adapter. Raises: ModelError if it doesn't find it."""
     try:
-        return AdapterRecord.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} can't be read as an adapter's record: {error}") from None
+        yield
+    except (InputError, UsageError, ModelError) as error:
+        raise ModelError(f"{place} holds an adapter for the base {record.base}, which isn't there: {error}") from None
+
+
+def _check_base_of(place: str, record: AdapterRecord, found: str) -> None:
+    if found != record.base_fingerprint:
+        raise FingerprintError(
+            f"{place} holds an adapter for the base {record.base} of fingerprint {record.base_fingerprint}, but "
+            f"{record.base} is {found} now: bring the base back, or register the checkpoint again with adapter=merge"
+        )
+
+
+def _read_record(uri: str) -> AdapterRecord:
+    try:
+        return AdapterRecord.model_validate_json(storage.read_bytes(uri))
+    except (InputError, ValueError) as error:
+        raise ModelError(f"{uri} can't be read as an adapter's record: {error}") from None
 
 
 def _version_tags(
@@ -654,14 +746,6 @@ def _registered_model(client: MlflowClient) -> Any:
 
 
 # --- versions ---------------------------------------------------------------------------------------------------------
-
-
-def _resolve_version(spec: str, storage_uri: str | None) -> Path:
-    version = _find_named_version(spec, storage_uri)
-    uri = _model_uri(storage_uri, version)
-    if uri.startswith("mlflow-artifacts:"):
-        return _download_artifacts(tracking.connect(storage_uri or "."), version)
-    return storage.fetch_folder(uri)
 
 
 def _find_named_version(spec: str, storage_uri: str | None) -> ModelVersion:

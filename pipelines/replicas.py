@@ -7,6 +7,10 @@
 A replica holds the versions that `versions.py` wants served: a new one is loaded beside those that answer, tried, and
 only then named to the ingress; an old one goes when its last request has ended. Requests say by fingerprint which
 version they are for.
+
+What versions have in common is in memory once. Those whose part is the same share a loop, as when only the language
+model was trained anew and the decoder wasn't. A version that was registered with `adapter=keep` is put, as an adapter,
+on its base's language model (`nexusgen.variants`), and its requests share the base's batches.
 """
 
 from __future__ import annotations
@@ -15,10 +19,13 @@ import asyncio
 import contextlib
 import logging
 import os
+import sys
 import time
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
@@ -39,6 +46,9 @@ from pipelines.orders import (
 from pipelines.pictures import encode_png
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
     from nexusgen.model.decoder import ConditionerKind
     from nexusgen.model.weights import Model
 
@@ -50,6 +60,28 @@ logger = logging.getLogger("nexusgen.serve")
 
 class NotHeldError(NexusgenError):
     """This replica doesn't hold the version that a request is for: it is being loaded, or has just been taken down."""
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Writes to what is stderr at the moment."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        """It is looked up each time."""
+
+
+def log_to_stderr() -> None:
+    """Have this process tell, in Ray's logs of it, what it fetches and loads, how long that took, and what changes."""
+    for one in (logger, logging.getLogger("pipelines.storage")):
+        if not one.handlers:
+            handler = _Stderr()
+            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+            one.addHandler(handler)
+        one.setLevel(logging.INFO)
 
 
 @dataclass(frozen=True)
@@ -73,15 +105,39 @@ class ReplicaSettings:
     max_length: int = 4096  # tokens of a conversation, its reply included
 
 
+@dataclass(frozen=True)
+class _Source:
+    """Where a version's part is found: a folder, its identity, and the adapter that belongs on it."""
+
+    folder: Path
+    identity: str
+    adapter: registry.Adapter | None = None
+
+
+@dataclass(eq=False)
+class _Loaded:
+    """A part in memory, the loop that runs it, and the fingerprints of the versions that use it."""
+
+    identity: str
+    model: Model
+    work: Any
+    loop: EngineLoop[Any]
+    users: set[str] = field(default_factory=set)
+
+
 class Replica:
     """One replica: versions by fingerprint. `hold` is called on all replicas when what is served changes."""
 
     def __init__(self, settings: ReplicaSettings) -> None:
         import torch
 
+        log_to_stderr()
         torch.set_num_threads(settings.num_threads)
         self._settings = settings
-        self._loops: dict[str, EngineLoop[Any] | None] = {}  # None: the version lacks this part
+        self._loaded: dict[str, _Loaded | None] = {}  # by fingerprint; None: the version lacks this part
+        self._uses: Counter[str] = Counter()  # requests inside, by fingerprint
+        self._adapters: set[str] = set()  # fingerprints of the versions that are adapters on what they use
+        self._weight_bytes = 0
         self._held: dict[str, Held] = {}
         self._manifests: dict[str, Manifest] = {}
         self._leaving: set[str] = set()
@@ -105,10 +161,10 @@ class Replica:
         async with self._lock:
             names = {held.info.fingerprint for held in wanted}
             if drop_first:
-                await self._drop([fingerprint for fingerprint in self._loops if fingerprint not in names])
+                await self._drop([fingerprint for fingerprint in self._loaded if fingerprint not in names])
             reasons = {held.pinned: await self._try_to_load(held) for held in wanted}
             if not any(reasons.values()):  # or something that answers would go for something that can't
-                await self._drop([fingerprint for fingerprint in self._loops if fingerprint not in names])
+                await self._drop([fingerprint for fingerprint in self._loaded if fingerprint not in names])
             return reasons
 
     async def held(self) -> list[Held]:
@@ -117,89 +173,192 @@ class Replica:
 
     async def stats(self) -> dict[str, Any]:
         """What the loops have done, summed over versions, and what is going on."""
-        loops = [loop for loop in self._loops.values() if loop is not None]
+        loops = [loaded.loop for loaded in self._present()]
         return {
             "part": self._settings.part,
             "pid": os.getpid(),
             "waiting": sum(loop.num_waiting for loop in loops),
             "requests": sum(loop.num_requests for loop in loops),
             "loops": [*self._past, *(asdict(loop.stats) for loop in loops)],
-            "fingerprints": sorted(self._loops),
+            "fingerprints": sorted(self._loaded),
+            "weight_bytes": self._weight_bytes,
         }
 
     async def check_health(self) -> None:
         """Called by Serve, which replaces a replica that isn't well."""
-        for fingerprint, loop in self._loops.items():
-            seconds = loop.seconds_in_step() if loop is not None else 0.0
+        for loaded in self._present():
+            seconds = loaded.loop.seconds_in_step()
             if seconds > WEDGED_S:
-                raise RuntimeError(f"{self._settings.part} {fingerprint}: a step has been going on for {seconds:.0f} s")
+                users = ", ".join(sorted(loaded.users))
+                raise RuntimeError(f"{self._settings.part} {users}: a step has been going on for {seconds:.0f} s")
 
-    def _loop_of(self, fingerprint: str) -> EngineLoop[Any]:
-        if fingerprint not in self._loops or fingerprint in self._leaving:
+    def _present(self) -> list[_Loaded]:
+        """What is in memory, each once."""
+        return list(dict.fromkeys(loaded for loaded in self._loaded.values() if loaded is not None))
+
+    @contextlib.contextmanager
+    def _using(self, fingerprint: str) -> Iterator[EngineLoop[Any]]:
+        """The loop that answers for a version, which stays for as long as the body runs. Raises: NotHeldError."""
+        if fingerprint not in self._loaded or fingerprint in self._leaving:
             raise NotHeldError(f"{self._settings.part}: the version {fingerprint} isn't held here")
-        loop = self._loops[fingerprint]
-        if loop is None:
+        loaded = self._loaded[fingerprint]
+        if loaded is None:
             raise ModelError(f"the model {fingerprint} has no {self._settings.part}")
-        return loop
+        self._uses[fingerprint] += 1
+        try:
+            yield loaded.loop
+        finally:
+            self._uses[fingerprint] -= 1
+
+    def _variant(self, fingerprint: str) -> str | None:
+        """A version's name on the loaded part that it uses."""
+        return fingerprint if fingerprint in self._adapters else None
 
     async def _try_to_load(self, held: Held) -> str:
         fingerprint = held.info.fingerprint
         self._leaving.discard(fingerprint)
-        if fingerprint in self._loops:
+        if fingerprint in self._loaded:
             self._held[fingerprint] = held  # it may have another name by now
             return ""
         began = time.monotonic()
-        loop: EngineLoop[Any] | None = None
+        loaded, reason = None, ""
         try:
-            model = await asyncio.to_thread(self._load, held)
-            if model is not None:
-                loop = EngineLoop(self._work(model), f"{self._settings.part}-{fingerprint[:8]}")
-                async with asyncio.timeout(WEDGED_S):
-                    await self._try_out(loop, model)
+            source = await asyncio.to_thread(self._find, held)
+            if source is not None:
+                loaded = await self._join(source, fingerprint)
         except Exception as error:  # whatever is wrong with it: the others go on
-            if loop is not None:
-                loop.close()
+            reason = str(error) or type(error).__name__
+        if reason:  # the error, which refers to what it was raised in, is gone by now
             self._manifests.pop(fingerprint, None)
-            loop = model = None
-            await asyncio.to_thread(_give_back_memory, "cuda" if self._settings.on_gpu else "cpu")
-            logger.warning("%s can't be served by %s: %s", held.pinned, self._settings.part, error)
-            return str(error) or type(error).__name__
-        self._loops[fingerprint], self._held[fingerprint] = loop, held
-        logger.info("%s: %s loaded in %.1f s", self._settings.part, held.pinned, time.monotonic() - began)
+            await asyncio.to_thread(_give_back_memory, self._device)
+            logger.warning("%s can't be served by %s: %s", held.pinned, self._settings.part, reason)
+            return reason
+        self._loaded[fingerprint], self._held[fingerprint] = loaded, held
+        self._count_weights()
+        shared = len(loaded.users) - 1 if loaded is not None else 0
+        logger.info(
+            "%s: %s loaded in %.1f s%s",
+            self._settings.part,
+            held.pinned,
+            time.monotonic() - began,
+            f", sharing weights with {shared} more" if shared else "",
+        )
         return ""
 
-    def _load(self, held: Held) -> Model | None:
-        """Find, check and load this deployment's part of a version; None if it has none. Raises: NexusgenError."""
-        import torch
+    async def _join(self, source: _Source, fingerprint: str) -> _Loaded:
+        """The loaded part that a version uses from now on: what is in memory already, or else loaded; an adapter put on
+        it; and tried. Raises: whatever is wrong; what was there before is then as it was."""
+        present = {loaded.identity: loaded for loaded in self._present()}
+        loaded = present.get(source.identity)
+        is_new = loaded is None
+        try:
+            if loaded is None:
+                model = await asyncio.to_thread(self._load, source.folder)
+                work = self._work(model)
+                name = f"{self._settings.part}-{source.identity[:8]}"
+                loaded = _Loaded(source.identity, model, work, EngineLoop(work, name))
+            if source.adapter is not None:
+                await self._add_adapter(loaded, source.adapter, fingerprint)
+            if is_new or source.adapter is not None:
+                async with asyncio.timeout(WEDGED_S):
+                    await self._try_out(loaded.loop, loaded.model, fingerprint)
+        except BaseException:
+            if loaded is not None:
+                await self._part(loaded, fingerprint)
+            raise
+        loaded.users.add(fingerprint)
+        return loaded
 
-        from nexusgen.memory import free_bytes, weight_bytes
-        from nexusgen.model.weights import load_model
+    async def _part(self, loaded: _Loaded, fingerprint: str) -> None:
+        """A version uses a loaded part no longer: its adapter goes and, with its last user, the part."""
+        loaded.users.discard(fingerprint)
+        if not loaded.users:
+            loaded.loop.close()
+            await asyncio.to_thread(loaded.loop.join_thread)
+            self._past.append(asdict(loaded.loop.stats))
+        elif fingerprint in self._adapters:
+            await loaded.loop.run(lambda: loaded.work.variants.remove(fingerprint))
+        self._adapters.discard(fingerprint)
 
-        settings = self._settings
-        folder = registry.resolve_model(held.pinned, settings.storage)
+    async def _add_adapter(self, loaded: _Loaded, adapter: registry.Adapter, fingerprint: str) -> None:
+        """Read an adapter, then put it on a loaded language model between two steps of its engine."""
+        tensors = await asyncio.to_thread(self._read_adapter, adapter.file)
+        await loaded.loop.run(lambda: loaded.work.variants.add(fingerprint, tensors, adapter.lora.scale))
+        self._adapters.add(fingerprint)
+
+    def _read_adapter(self, file: Path) -> dict[str, Tensor]:
+        from nexusgen.model.tensors import iterate_file
+
+        self._check_room(file.name, file.stat().st_size)
+        device, dtype = self._device, self._dtype
+        return {name: tensor.to(device, dtype, copy=True) for name, tensor in iterate_file(file)}
+
+    def _find(self, held: Held) -> _Source | None:
+        """Where this deployment's part of a version is, here on this machine; None if it has none.
+
+        Raises: NexusgenError.
+        """
+        from nexusgen.model.weights import DECODER_FOLDERS, part_identity
+
+        settings, part = self._settings, self._settings.part
+        folder = registry.locate_model(held.pinned, settings.storage)
         manifest = read_manifest(folder)
         if manifest.fingerprint != held.info.fingerprint:
             raise ModelError(f"{folder} is {manifest.fingerprint}, but was {held.info.fingerprint} when it was chosen")
         self._manifests[manifest.fingerprint] = manifest
-        if settings.part not in manifest.parts:
-            if settings.part != "editing_decoder":
-                raise ModelError(f"{held.pinned} has no {settings.part}; it holds {', '.join(manifest.parts)}")
+        if part not in manifest.parts:
+            if part != "editing_decoder":
+                raise ModelError(f"{held.pinned} has no {part}; it holds {', '.join(manifest.parts)}")
             return None
-        parts = [settings.part] if settings.part == "autoregressive" else [settings.part, "vae"]
-        device, dtype = ("cuda", torch.bfloat16) if settings.on_gpu else ("cpu", torch.float32)
-        needed, free = sum(weight_bytes(folder, part, dtype) for part in parts), free_bytes(device)
+        adapter = registry.find_adapter(folder, settings.storage)
+        if adapter is not None and part == "autoregressive":
+            return _Source(adapter.base, part_identity(adapter.base, part), adapter)
+        if adapter is not None and not (folder / DECODER_FOLDERS[part]).is_dir():
+            folder = adapter.base
+        elif adapter is not None and not (folder / "vae").is_dir():  # registered by an earlier version
+            folder = registry.resolve_model(held.pinned, settings.storage)
+        return _Source(folder, part_identity(folder, part))
+
+    def _load(self, folder: Path) -> Model:
+        """Check and load this deployment's part of a model folder. Raises: NexusgenError."""
+        from nexusgen.memory import weight_bytes
+        from nexusgen.model.weights import load_model
+
+        part = self._settings.part
+        parts = [part] if part == "autoregressive" else [part, "vae"]
+        self._check_room(f"{part} of {folder}", sum(weight_bytes(folder, one, self._dtype) for one in parts))
+        return load_model(folder, parts, self._dtype, self._device)
+
+    def _check_room(self, what: str, needed: int) -> None:
+        from nexusgen.memory import free_bytes
+
+        free = free_bytes(self._device)
         if needed * ROOM_FOR_ONE_MORE > free:
             raise ResourceError(
-                f"{settings.part} of {held.pinned} takes {needed / 1e9:.1f} GB, and {device} has {free / 1e9:.1f} GB "
-                "free beside what is served: set swap=in_place, which drops the old version first"
+                f"{what} takes {needed / 1e9:.1f} GB, and {self._device} has {free / 1e9:.1f} GB free beside what is "
+                "served: set swap=in_place, which drops the old version first"
             )
-        return load_model(folder, parts, dtype, device)
+
+    @property
+    def _device(self) -> str:
+        return "cuda" if self._settings.on_gpu else "cpu"
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        import torch
+
+        return torch.bfloat16 if self._settings.on_gpu else torch.float32
+
+    def _count_weights(self) -> None:
+        from nexusgen.memory import unique_bytes
+
+        self._weight_bytes = unique_bytes(tensor for loaded in self._present() for tensor in loaded.work.weights())
 
     def _work(self, model: Model) -> Any:
         """The engine around this deployment's part of a version."""
         raise NotImplementedError
 
-    async def _try_out(self, loop: EngineLoop[Any], model: Model) -> None:
+    async def _try_out(self, loop: EngineLoop[Any], model: Model, fingerprint: str) -> None:
         """A version that can't answer must not be served. Raises: whatever it fails with."""
         raise NotImplementedError
 
@@ -207,17 +366,17 @@ class Replica:
         """Let the last requests of versions end, then forget them."""
         self._leaving.update(fingerprints)
         for fingerprint in fingerprints:
-            loop = self._loops[fingerprint]
-            while loop is not None and loop.num_requests:
+            while self._uses[fingerprint]:
                 await asyncio.sleep(DRAIN_POLL_S)
-            if loop is not None:
-                loop.close()
-                await asyncio.to_thread(loop.join_thread)
-                self._past.append(asdict(loop.stats))
-            del self._loops[fingerprint], self._held[fingerprint], self._manifests[fingerprint]
+            loaded = self._loaded[fingerprint]
+            if loaded is not None:
+                await self._part(loaded, fingerprint)
+            del self._loaded[fingerprint], self._held[fingerprint], self._manifests[fingerprint]
+            del self._uses[fingerprint]
             self._leaving.discard(fingerprint)
-            del loop
-            await asyncio.to_thread(_give_back_memory, "cuda" if self._settings.on_gpu else "cpu")
+            loaded = None
+            self._count_weights()
+            await asyncio.to_thread(_give_back_memory, self._device)
 
 
 class ReplyReplica(Replica):
@@ -231,14 +390,15 @@ class ReplyReplica(Replica):
         self, fingerprint: str, order: ChatOrder | PictureOrder
     ) -> AsyncGenerator[Text | Predicted | Replied, None]:
         """What the language model says to an order, piece by piece. Raises: NotHeldError, InputError."""
-        loop = self._loop_of(fingerprint)
-        request = await asyncio.to_thread(decode_order, order)
-        async with contextlib.aclosing(loop.events(request)) as events:
-            async for event in events:
-                if isinstance(event, Replied):
-                    loop.stats.add_units("tokens", event.usage.completion_tokens)
-                    loop.stats.add_units("prompt_tokens", event.usage.prompt_tokens)
-                yield event
+        with self._using(fingerprint) as loop:
+            can_edit = "editing_decoder" in self._manifests[fingerprint].parts
+            request = await asyncio.to_thread(decode_order, order, self._variant(fingerprint), can_edit)
+            async with contextlib.aclosing(loop.events(request)) as events:
+                async for event in events:
+                    if isinstance(event, Replied):
+                        loop.stats.add_units("tokens", event.usage.completion_tokens)
+                        loop.stats.add_units("prompt_tokens", event.usage.prompt_tokens)
+                    yield event
 
     async def predict(self, fingerprint: str, order: PictureOrder) -> tuple[Predicted, Replied]:
         """What is to be drawn for an order, and how the reply ended. One answer costs less than a stream. Raises: as
@@ -255,8 +415,9 @@ class ReplyReplica(Replica):
         settings = self._settings
         return ReplyWork(model, settings.max_batch, settings.max_length, settings.deterministic)
 
-    async def _try_out(self, loop: EngineLoop[Any], model: Model) -> None:
-        async for event in loop.events(decode_order(PictureOrder("warm-up", PictureSettings(seed=0)))):
+    async def _try_out(self, loop: EngineLoop[Any], model: Model, fingerprint: str) -> None:
+        order = PictureOrder("warm-up", PictureSettings(seed=0))
+        async for event in loop.events(decode_order(order, self._variant(fingerprint), can_edit=False)):
             if isinstance(event, Predicted) and not np.isfinite(event.embeddings).all():
                 raise ModelError("its predictions aren't finite numbers")
 
@@ -272,17 +433,17 @@ class DrawReplica(Replica):
         """The pictures of one prediction: partial ones and, last, the whole. Raises: NotHeldError, InputError."""
         from nexusgen.sampling import drawing_settings
 
-        loop, info, seed = self._loop_of(fingerprint), self._held[fingerprint].info, request.settings.seed
-        asked = request.settings
-        made = drawing_settings(self._manifests[fingerprint], self._kind, asked.steps, asked.size, asked.guidance)
-        async with contextlib.aclosing(loop.events(request)) as events:
-            async for image, number in events:
-                png = await asyncio.to_thread(encode_png, image, info, seed, made.steps, made.true_cfg_scale)
-                if number is not None:
-                    yield PartialPicture(png, number)
-                else:
-                    loop.stats.add_units("pictures", 1)
-                    yield Drawing(png, info, seed, made.steps, made.size, made.true_cfg_scale)
+        with self._using(fingerprint) as loop:
+            info, seed, asked = self._held[fingerprint].info, request.settings.seed, request.settings
+            made = drawing_settings(self._manifests[fingerprint], self._kind, asked.steps, asked.size, asked.guidance)
+            async with contextlib.aclosing(loop.events(request)) as events:
+                async for image, number in events:
+                    png = await asyncio.to_thread(encode_png, image, info, seed, made.steps, made.true_cfg_scale)
+                    if number is not None:
+                        yield PartialPicture(png, number)
+                    else:
+                        loop.stats.add_units("pictures", 1)
+                        yield Drawing(png, info, seed, made.steps, made.size, made.true_cfg_scale)
 
     async def draw_at_once(self, fingerprint: str, request: DrawRequest) -> Drawing:
         """The whole picture alone. One answer costs less than a stream. Raises: as `draw`."""
@@ -297,7 +458,7 @@ class DrawReplica(Replica):
     def _work(self, model: Model) -> DrawWork:
         return DrawWork(model, self._kind, self._settings.max_batch, self._settings.deterministic)
 
-    async def _try_out(self, loop: EngineLoop[Any], model: Model) -> None:
+    async def _try_out(self, loop: EngineLoop[Any], model: Model, fingerprint: str) -> None:
         decoder = getattr(model, self._settings.part)
         rows, columns = decoder.config.token_grid
         nothing = Predicted(np.zeros((rows * columns, decoder.config.embedding_dim), np.float32))

@@ -139,7 +139,7 @@ def serve(config: ServeConfig, block: bool = True) -> None:
 def check(config: ServeConfig) -> None:
     """Find what would fail after a long start: a model that isn't one, a port that is taken."""
     for name in (config.model, *([config.canary] if config.canary else []), *config.also):
-        registry.resolve_model(name, config.storage)
+        registry.find_manifest(name, config.storage)
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

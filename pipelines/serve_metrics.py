@@ -27,6 +27,7 @@ def replica_metrics(num_inside: int, stats: Mapping[str, Sequence[Mapping[str, A
     gauge("requests_inside", "Requests that this door has let in and not answered yet", ()).set(num_inside)
     present = gauge("engine_requests_present", "Requests that wait for a step or take part in them")
     waiting = gauge("engine_requests_waiting", "Requests that wait for a place in a batch")
+    weights = gauge("weight_bytes", "Memory of the weights of all versions, what they share counted once")
     counters = {
         "requests": counter("requests", "Requests that have taken part in steps"),
         "steps": counter("steps", "Steps made"),
@@ -42,6 +43,7 @@ def replica_metrics(num_inside: int, stats: Mapping[str, Sequence[Mapping[str, A
             labels = (deployment, str(replica["pid"]))
             present.labels(*labels).set(replica["requests"])
             waiting.labels(*labels).set(replica["waiting"])
+            weights.labels(*labels).set(replica["weight_bytes"])
             for loop in replica["loops"]:
                 for name, one in counters.items():
                     one.labels(*labels).inc(loop[name])

@@ -462,6 +462,12 @@ def put_in_place(staging: Path, target: Path) -> None:
             raise ResourceError(f"{target} is in the way: it lacks {', '.join(missing)}; remove it") from None
 
 
+def file_digest(path: Path) -> str:
+    """sha256 of a local file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def upload_folder(source: Path, uri: str) -> None:
     """Copy a local folder to a URI: below a folder it appears whole, on S3 file by file with the manifest last.
 

@@ -15,10 +15,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from nexusgen.errors import NexusgenError
-from nexusgen.model.manifest import read_manifest
 from pipelines import registry
 from pipelines.orders import ModelInfo
-from pipelines.replicas import Held
+from pipelines.replicas import Held, log_to_stderr
 
 Swap = Literal["beside", "in_place"]
 COMPUTING = ("ar", "generation_decoder", "editing_decoder")
@@ -69,6 +68,7 @@ class Versions:
 
     async def __init__(self, settings: VersionSettings) -> None:  # type: ignore[misc]
         """Raises: InputError or ModelError if there is no such model."""
+        log_to_stderr()
         self._settings = settings
         self._names = [settings.model, *([settings.canary] if settings.canary else []), *settings.also]
         self._held = {name: await asyncio.to_thread(self._find, name) for name in self._names}
@@ -130,7 +130,7 @@ class Versions:
     def _find(self, name: str) -> Held:
         """The version that a name means now. Raises: InputError or ModelError if there is none."""
         pinned = registry.pin_model(name, self._settings.storage)
-        manifest = read_manifest(registry.resolve_model(pinned, self._settings.storage))
+        manifest = registry.find_manifest(pinned, self._settings.storage)
         version = pinned.rpartition("/")[2] if pinned.startswith("models:/") else None
         is_default = name == self._settings.model
         suffix = f"/{version or manifest.fingerprint}"

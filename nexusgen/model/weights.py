@@ -456,6 +456,24 @@ def _part_fingerprints(folder: Path) -> dict[str, str]:
     return fingerprints
 
 
+def part_identity(folder: Path, part: str) -> str:
+    """What two model folders have in common if a part of theirs gives the same answers, 16 digits: sha256 over the
+    part's fingerprint (and that of the autoencoder, of a decoder), the small files beside it, sizes and defaults.
+    Raises: ModelError.
+    """
+    manifest = read_manifest(folder)
+    parts, places = [part], [f"{part}/"]
+    if part in DECODER_FOLDERS:
+        parts, places = [part, "vae"], [f"{DECODER_FOLDERS[part]}/", "vae/", "scheduler/", "prompt_constants"]
+    settings = manifest.model_dump(
+        mode="json", include={"geometry", "image_size", "num_inference_steps", "true_cfg_scale", "numerics"}
+    )
+    settings["fingerprints"] = {name: manifest.fingerprints.get(name) for name in parts}
+    files = [name for name in _SMALL_FILES if name.startswith(tuple(places)) and (folder / name).is_file()]
+    settings["files"] = {name: _file_digest(folder / name) for name in files}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def assemble_model(
     base: Path,
     out: Path,

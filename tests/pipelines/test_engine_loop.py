@@ -154,6 +154,32 @@ def test_errors_reach_those_whom_they_concern() -> None:
         assert later == [1, 2]  # it had not joined, and the engine goes on
 
 
+def test_a_call_runs_on_the_thread_between_two_steps() -> None:
+    with running() as (engine, loop):
+
+        async def scenario() -> None:
+            assert await loop.run(lambda: threading.current_thread().name) == "counting"  # without any request
+            with pytest.raises(ZeroDivisionError):
+                await loop.run(lambda: 1 / 0)
+            engine.may_step.clear()
+            gone, stays = (asyncio.create_task(all_of(loop.events(count))) for count in (10**9, 3))
+            await asyncio.sleep(0.05)
+            gone.cancel()
+            await asyncio.sleep(0)
+            call = asyncio.create_task(loop.run(lambda: (len(engine.inside), len(engine.companies))))
+            await asyncio.sleep(0.05)
+            assert not call.done()  # a step is under way
+            engine.may_step.set()
+            assert await call == (1, 1)  # after it, and the one who has gone away is out
+            assert await stays == [1, 2, 3]
+            loop.close()
+            loop.join_thread()
+            with pytest.raises(UnavailableError, match="taken down"):
+                await loop.run(lambda: None)
+
+        asyncio.run(scenario())
+
+
 def test_a_loop_that_is_closed_tells_everybody() -> None:
     with running() as (engine, loop):
 
