@@ -2,7 +2,7 @@
 
 The faults: an answer 500, an answer 503 SlowDown, silence beyond the client's patience, a connection that is reset
 before the request is carried out or after it (the client can't know which), a body cut short, with its length announced
-or without.
+or without. It can limit the speed of each connection, as S3 does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -66,12 +66,16 @@ class FaultyS3:
         self.faults = tuple(faults)
         self.counts: Counter[str] = Counter()
         self.write_delay_s = 0.0  # of every write: a slow store
+        self.bytes_per_s: float | None = None  # of the answers of one connection; None: as fast as it goes
+        self.reads: list[tuple[str, str]] = []  # path and range of every GET that came
+        self.most_reads_at_once = 0
         self.writes: list[tuple[str, float]] = []  # path and time (monotonic) of every PUT that came
         self.port = 0
         self._random = random.Random(seed)
         self._lock = threading.Lock()
         self._hold: Hold | None = None
         self._next: list[tuple[str, str]] = []
+        self._reads_now = 0
 
     @property
     def num_faults(self) -> int:
@@ -100,6 +104,19 @@ class FaultyS3:
         """Let the next requests of these (fault, method) pairs fail, whatever the share."""
         with self._lock:
             self._next = list(faults)
+
+    @contextmanager
+    def read(self, path: str, of_range: str) -> Iterator[None]:
+        """Note a GET for as long as the body answers it."""
+        with self._lock:
+            self.reads.append((path.partition("?")[0], of_range))
+            self._reads_now += 1
+            self.most_reads_at_once = max(self.most_reads_at_once, self._reads_now)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._reads_now -= 1
 
     def draw(self, method: str) -> str | None:
         """The fault of the next request, None for most."""
@@ -168,6 +185,11 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing: thousands of requests come through."""
 
     def _serve(self) -> None:
+        is_read = self.command == "GET"
+        with self.state.read(self.path, self.headers.get("Range", "")) if is_read else nullcontext():
+            self._serve_one()
+
+    def _serve_one(self) -> None:
         body = self._read_body()
         fault = self.state.draw(self.command)
         if self.command == "PUT":
@@ -235,10 +257,21 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data[: len(data) // 2] if fault.startswith("cut") else data)
+            self._send(data[: len(data) // 2] if fault.startswith("cut") else data)
         if fault.startswith("cut"):
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_WR)
+
+    def _send(self, data: bytes) -> None:
+        speed = self.state.bytes_per_s
+        if speed is None:
+            self.wfile.write(data)
+            return
+        piece = max(1, int(speed / 50))
+        began = time.monotonic()
+        for start in range(0, len(data), piece):
+            self.wfile.write(data[start : start + piece])
+            time.sleep(max(0.0, began + (start + piece) / speed - time.monotonic()))
 
     def _reset(self) -> None:
         """Close without a word; the peer sees a reset."""

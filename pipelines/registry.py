@@ -193,9 +193,15 @@ def resolve_model(spec: str, storage_uri: str | None = None) -> Path:
 def locate_model(spec: str, storage_uri: str | None = None) -> Path:
     """As `resolve_model`, but a folder that holds an adapter stays as it is: `find_adapter` tells what it is for."""
     place = _find_place(spec, storage_uri)
-    folder = storage.fetch_folder(place) if storage.is_remote(place) else Path(place)
+    folder = storage.fetch_folder(place, _check_weights) if storage.is_remote(place) else Path(place)
     read_manifest(folder)
     return folder
+
+
+def _check_weights(folder: Path) -> None:
+    from nexusgen.model.weights import check_fingerprints  # torch, which only who copies weights needs
+
+    check_fingerprints(folder, may_lack_parts=(folder / ADAPTER_RECORD).is_file())
 
 
 def find_manifest(spec: str, storage_uri: str | None = None) -> Manifest:

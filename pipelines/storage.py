@@ -13,6 +13,7 @@ key) is told at once. A job that gives up ends with a ResourceError: an outage i
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import io
@@ -43,7 +44,9 @@ log = logging.getLogger(__name__)
 
 READ_BUFFER_BYTES = 8 << 20  # S3 answers a few large ranged reads faster than many small ones
 RANDOM_BUFFER_BYTES = 1 << 20  # Parquet asks for many small pieces that lie side by side
-NUM_PARALLEL_FILES = 8  # copied at a time: one connection to S3 gives a tenth of a fast network
+NUM_PARALLEL_FILES = 8  # sent at a time: one connection to S3 gives a tenth of a fast network
+NUM_PARALLEL_RANGES = 16  # of files, fetched at a time, each through a buffer of READ_BUFFER_BYTES
+RANGE_BYTES = 64 << 20  # of a file, that one connection fetches: small enough that all end at about the same time
 
 RETRY_BUDGET_S = 300.0  # a store that restarts or throttles is back within minutes; a day's job should outlive that
 MAX_ATTEMPTS = 40  # where failures come at once: what 300 s leave room for, with MAX_DELAY_S between them on average
@@ -387,11 +390,14 @@ def delete(uri: str) -> None:
         raise ResourceError(f"cannot delete {uri}: {error}") from None
 
 
-def fetch_folder(uri: str) -> Path:
+def fetch_folder(uri: str, check: Callable[[Path], None] | None = None) -> Path:
     """A model folder as a local path: a local one as it is, a remote one copied once for each content of its manifest.
 
+    Files are read in ranges, many at a time. Of several processes on this machine that want the same folder one copies
+    it, and the others wait for it. It has its name when it is whole, on the disk, and `check` has found nothing to
+    raise about; what a killed process leaves is removed by the next one.
     Raises: InputError if the folder doesn't exist or, being remote, has no manifest; ResourceError if the store doesn't
-    answer, the disk is full, or the folder was replaced meanwhile.
+    answer, the disk is full, or the folder was replaced meanwhile; what `check` raises.
     """
     if not is_folder(uri):
         raise InputError(f"{uri} is not a folder")
@@ -404,32 +410,91 @@ def fetch_folder(uri: str) -> Path:
     target = root / name
     if target.is_dir():
         return target
-    staging = None
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=root))
-        _download_folder(uri, staging)
-        if read_bytes(join(uri, MANIFEST_NAME)) != manifest:
-            raise ResourceError(f"{uri} was replaced while it was copied: start the job again")
-        put_in_place(staging, target)
+        with _alone(root / f".{name}.lock"):
+            if not target.is_dir():  # or else another process has just copied it
+                for left in root.glob(f".{name}-*"):  # by a process that was killed
+                    shutil.rmtree(left, ignore_errors=True)
+                _fetch(uri, manifest, target, check)
     except OSError as error:
         raise ResourceError(f"cannot copy {uri} to {target}: {error}; check rights and space there") from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
     return target
 
 
-def _download_folder(uri: str, target: Path) -> None:
-    names = [file.removeprefix(f"{uri.rstrip('/')}/") for file in list_files(uri, recursive=True)]
-    with ThreadPoolExecutor(NUM_PARALLEL_FILES) as pool:
-        list(pool.map(lambda name: _download(join(uri, name), target / name), names))
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """The body runs in one process of this machine at a time; the system takes the lock from one that is killed."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
-def _download(uri: str, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open_input(uri) as stream, target.open("wb") as out:
-        shutil.copyfileobj(stream, out, READ_BUFFER_BYTES)
+def _fetch(uri: str, manifest: bytes, target: Path, check: Callable[[Path], None] | None) -> None:
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    began = time.monotonic()
+    try:
+        num_bytes = _download_folder(uri, staging)
+        seconds = max(time.monotonic() - began, 1e-6)
+        if read_bytes(join(uri, MANIFEST_NAME)) != manifest:
+            raise ResourceError(f"{uri} was replaced while it was copied: start the job again")
+        if check is not None:
+            check(staging)
+        put_in_place(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    log.info(
+        "%s: %.3f GB fetched in %.1f s, %.0f MB/s; checked and in place after %.1f s",
+        uri,
+        num_bytes / 1e9,
+        seconds,
+        num_bytes / 1e6 / seconds,
+        time.monotonic() - began,
+    )
+
+
+def _download_folder(uri: str, target: Path) -> int:
+    """Copy all files, in ranges; they are on the disk then. Gives their bytes. Raises: OSError; ResourceError."""
+    sizes = list_sizes(uri, recursive=True)
+    paths = {file: target / file.removeprefix(f"{uri.rstrip('/')}/") for file in sizes}
+    needed, free = sum(sizes.values()), shutil.disk_usage(target).free
+    if needed > free:
+        raise ResourceError(
+            f"cannot copy {uri} to {target.parent}: it takes {needed / 1e9:.3f} GB, and {free / 1e9:.3f} GB are free "
+            "there: make room, or let TMPDIR name another disk"
+        )
+    for file, path in paths.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as out:
+            out.truncate(sizes[file])
+    ranges = [
+        (file, start, min(start + RANGE_BYTES, size))
+        for file, size in sizes.items()
+        for start in range(0, size, RANGE_BYTES)
+    ]
+    with ThreadPoolExecutor(NUM_PARALLEL_RANGES) as pool:
+        list(pool.map(lambda of_file: _download_range(of_file[0], paths[of_file[0]], *of_file[1:]), ranges))
+        list(pool.map(_sync, paths.values()))
+    return needed
+
+
+def _download_range(uri: str, path: Path, start: int, end: int) -> None:
+    """Copy the bytes from `start` up to `end` into their place in a file. Raises: OSError; ResourceError."""
+    buffer = memoryview(bytearray(min(READ_BUFFER_BYTES, end - start)))
+    with _RemoteFile(uri) as source, path.open("r+b") as out:
+        source.seek(start)
+        out.seek(start)
+        while start < end:
+            view = buffer[: end - start]
+            if source.readinto(view) != len(view):
+                raise ResourceError(f"{uri} was replaced while it was copied: start the job again")
+            out.write(view)
+            start += len(view)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _put(uri: str, data: bytes | pa.Buffer) -> None:

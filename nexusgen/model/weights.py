@@ -10,10 +10,12 @@ import ctypes
 import gc
 import hashlib
 import json
+import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -392,11 +394,15 @@ def read_autoregressive_config(folder: Path) -> Qwen2_5_VLConfig:
 
 def tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """sha256 over name, dtype, shape and bytes of tensors, whatever their order."""
-    digests = []
-    for name, tensor in tensors:
+
+    def digest_of(named: tuple[str, Tensor]) -> str:
+        name, tensor = named
         digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
-        digests.append(digest.hexdigest())
+        return digest.hexdigest()
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing leaves Python to others
+        digests = list(pool.map(digest_of, tensors))
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
 
 
@@ -443,9 +449,21 @@ def _file_digest(path: Path) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _part_fingerprints(folder: Path) -> dict[str, str]:
+def check_fingerprints(folder: Path, *, may_lack_parts: bool = False) -> None:
+    """Compare a model folder's weights with what its manifest says. Raises: ModelError."""
+    wanted = {part: digest for part, digest in read_manifest(folder).fingerprints.items() if part != "vision"}
+    found = _part_fingerprints(folder, has_language_model=not may_lack_parts)
+    for part, digest in wanted.items():
+        if found.get(part) != digest and not (may_lack_parts and part not in found):
+            raise ModelError(
+                f"the weights of {part} in {folder} aren't those of its {MANIFEST_NAME}: their fingerprint is "
+                f"{found.get(part)}, wanted {digest}; copy or register the model again"
+            )
+
+
+def _part_fingerprints(folder: Path, *, has_language_model: bool = True) -> dict[str, str]:
     fingerprints = {}
-    if (folder / "autoregressive").is_dir():
+    if has_language_model and (folder / "autoregressive").is_dir():
         tensors = dict(iterate_tensors(folder / "autoregressive"))
         fingerprints["autoregressive"] = tensors_fingerprint(tensors.items())
         fingerprints["vision"] = tensors_fingerprint((n, t) for n, t in tensors.items() if n.startswith("visual."))

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +17,8 @@ import pytest
 from servers import free_port, s3_server
 
 from benchmarks.faulty_s3 import FAULTS, FaultyS3, faulty_s3
-from nexusgen.errors import InputError, ResourceError
-from pipelines import storage
+from nexusgen.errors import InputError, ModelError, ResourceError
+from pipelines import registry, storage
 from pipelines.shards import ShardReader, list_shards
 
 
@@ -333,7 +337,143 @@ def test_what_does_not_pass_is_not_tried_again(bucket: str, faulty: FaultyS3) ->
             storage.exists(uri)
 
 
-def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
+# ---- folders fetched in ranges --------------------------------------------------------------------------------------
+
+FETCH = """
+import logging, sys, tempfile
+from pipelines import storage
+logging.basicConfig(level=logging.INFO)
+tempfile.tempdir, storage.RANGE_BYTES, storage.READ_BUFFER_BYTES = sys.argv[2], 1 << 20, 1 << 18
+print(storage.fetch_folder(sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def large(bucket: str, faulty: FaultyS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path]:
+    """A folder on S3 whose weights are some ranges long, and its files; copies lie in `tmp_path / cache`."""
+    monkeypatch.setattr(storage, "RANGE_BYTES", 1 << 20)
+    monkeypatch.setattr(storage, "READ_BUFFER_BYTES", 1 << 18)
+    monkeypatch.setattr(storage, "REQUEST_TIMEOUT_S", 10.0)
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "cache"))
+    source = tmp_path / "source"
+    (source / "part").mkdir(parents=True)
+    (source / "part" / "weights").write_bytes(os.urandom((5 << 20) + 123))
+    (source / "part" / "empty").write_bytes(b"")
+    (source / "nexusgen.json").write_bytes(os.urandom(16))
+    uri = storage.join(bucket, f"large-{tmp_path.name}")
+    storage.upload_folder(source, uri)
+    faulty.reads.clear()
+    faulty.most_reads_at_once = 0
+    return uri, source
+
+
+def assert_same_files(ours: Path, theirs: Path) -> None:
+    names = sorted(path.relative_to(theirs) for path in theirs.rglob("*") if path.is_file())
+    assert sorted(path.relative_to(ours) for path in ours.rglob("*") if path.is_file()) == names
+    for name in names:
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+
+
+def fetching(uri: str, cache: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", FETCH, uri, str(cache)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_large_file_is_read_by_several_ranges_at_once(
+    large: tuple[str, Path], faulty: FaultyS3, caplog: pytest.LogCaptureFixture
+) -> None:
+    uri, source = large
+    faulty.bytes_per_s = 4 << 20
+    with caplog.at_level("INFO", logger="pipelines.storage"):
+        folder = storage.fetch_folder(uri)
+    assert_same_files(folder, source)
+    ranges = [of_range for path, of_range in faulty.reads if path.endswith("/part/weights")]
+    assert len(ranges) == len(set(ranges)) == 5 * 4 + 1  # a quarter of a range at a time, through one buffer
+    print(f"{faulty.most_reads_at_once} at once; {caplog.messages[-1]}")
+    assert faulty.most_reads_at_once >= 4
+    told = rf"{uri}: 0\.005 GB fetched in \d+\.\d s, \d+ MB/s; checked and in place after \d+\.\d s"
+    assert re.fullmatch(told, caplog.messages[-1])
+
+
+def test_ranges_survive_a_store_that_fails(large: tuple[str, Path], faulty: FaultyS3) -> None:
+    uri, source = large
+    faulty.share = 0.3
+    faulty.faults = ("500", "503", "reset", "cut", "cut unannounced")
+    assert_same_files(storage.fetch_folder(uri), source)
+    assert min(faulty.counts["cut"], faulty.counts["cut unannounced"]) > 0
+
+
+def test_a_killed_reader_leaves_nothing_that_counts_and_the_next_one_reads_again(
+    large: tuple[str, Path], faulty: FaultyS3, tmp_path: Path
+) -> None:
+    uri, source = large
+    cache = tmp_path / "cache"
+    faulty.bytes_per_s = 100_000
+    reader = fetching(uri, cache)
+    deadline = time.monotonic() + 120
+    while not sum(path.stat().st_blocks for path in cache.rglob("weights")):  # some of it is there
+        assert reader.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    reader.kill()
+    reader.communicate()
+    (root,) = cache.iterdir()
+    left = [path.name for path in root.iterdir() if path.is_dir()]
+    assert len(left) == 1
+    assert left[0].startswith(".")
+    faulty.bytes_per_s = None
+    folder = storage.fetch_folder(uri)
+    assert_same_files(folder, source)
+    assert [path for path in root.iterdir() if path.is_dir()] == [folder]
+
+
+def test_of_several_processes_one_copies_and_the_others_wait(
+    large: tuple[str, Path], faulty: FaultyS3, tmp_path: Path
+) -> None:
+    uri, source = large
+    faulty.bytes_per_s = 400_000
+    readers = [fetching(uri, tmp_path / "cache") for _ in range(3)]
+    told = [reader.communicate(timeout=200) for reader in readers]
+    assert [reader.returncode for reader in readers] == [0, 0, 0], told
+    (folder,) = {out.strip() for out, _ in told}
+    assert_same_files(Path(folder), source)
+    assert sum(errors.count("GB fetched in") for _, errors in told) == 1
+    ranges = [of_range for path, of_range in faulty.reads if path.endswith("/part/weights")]
+    assert len(ranges) == len(set(ranges))
+
+
+def test_a_copy_that_is_refused_has_no_name(large: tuple[str, Path], tmp_path: Path) -> None:
+    def refuse(folder: Path) -> None:
+        assert_same_files(folder, large[1])
+        raise ModelError("other weights")
+
+    with pytest.raises(ModelError, match="other weights"):
+        storage.fetch_folder(large[0], refuse)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_dir() and path.parent.name != "cache"]
+
+
+def test_weights_that_were_damaged_on_the_way_are_told(
+    bucket: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    copy = tmp_path / "copy"
+    shutil.copytree(base, copy)
+    uri = storage.join(bucket, "whole-model")
+    storage.upload_folder(copy, uri)
+    assert_same_files(registry.resolve_model(uri), copy)
+    weights = copy / "autoregressive" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    uri = storage.join(bucket, "damaged-model")
+    storage.upload_folder(copy, uri)
+    with pytest.raises(ModelError, match=r"weights of autoregressive in .* aren't those of its nexusgen.json"):
+        registry.resolve_model(uri)
+    assert not list(tmp_path.glob("nexusgen-cache-*/*damaged-model*/"))
+
+
+def test_a_full_disk_leaves_nothing_half_written(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
@@ -350,5 +490,11 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path) -> None:
             storage.upload_folder(source, f"{disk}/model")
         assert [path.name for path in disk.rglob("*") if path.is_file()] == ["a.bin"]
         assert storage.read_bytes(uri) == b"old"
+        (source / "nexusgen.json").write_bytes(b"{}")
+        storage.upload_folder(source, f"{bucket}/too-large")
+        monkeypatch.setattr(tempfile, "tempdir", str(disk))
+        with pytest.raises(ResourceError, match=r"it takes 0.002 GB, and 0.001 GB are free there: make room, or"):
+            storage.fetch_folder(f"{bucket}/too-large")
+        assert not list(disk.rglob("w*"))
     finally:
         subprocess.run(["umount", disk], check=True)
