@@ -287,6 +287,8 @@ class Replica:
         self._adapters.add(fingerprint)
 
     def _read_adapter(self, file: Path) -> dict[str, Tensor]:
+        import peft  # noqa: F401 (it takes seconds, which the engine's thread would stand still for)
+
         from nexusgen.model.tensors import iterate_file
 
         self._check_room(file.name, file.stat().st_size)

@@ -426,7 +426,11 @@ def fetch_folder(uri: str, check: Callable[[Path], None] | None = None) -> Path:
 def _alone(lock: Path) -> Iterator[None]:
     """The body runs in one process of this machine at a time; the system takes the lock from one that is killed."""
     with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("waiting for another process, which has %s", lock)
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
