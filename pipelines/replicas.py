@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from nexusgen.model.weights import Model
 
 WEDGED_S = 120.0  # a step that takes so long never ends
+QUEUE_S = 900.0  # an adapter is tried in the company of requests, and waits its turn
 DRAIN_POLL_S = 0.05
 ROOM_FOR_ONE_MORE = 1.2  # times the weights of a version must be free before it is loaded beside others
 logger = logging.getLogger("nexusgen.serve")
@@ -260,7 +261,7 @@ class Replica:
             if source.adapter is not None:
                 await self._add_adapter(loaded, source.adapter, fingerprint)
             if is_new or source.adapter is not None:
-                async with asyncio.timeout(WEDGED_S):
+                async with asyncio.timeout(WEDGED_S if is_new else QUEUE_S):
                     await self._try_out(loaded.loop, loaded.model, fingerprint)
         except BaseException:
             if loaded is not None:
