@@ -29,6 +29,17 @@ LOCAL_OBJECT_STORE_BYTES = 2_000_000_000  # Ray's own default is 30 % of the mem
 CPU_SAMPLE_S = 1.0
 FREE_CPU_PATIENCE_S = 10.0  # CPUs of a job that has just ended are given back with a delay
 
+# Ray shows a job's variables to whoever has the cluster's token, and logs them.
+SECRET_VARIABLES = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "NEXUSGEN_API_KEYS",
+    "NEXUSGEN_JUDGE_API_KEY",
+)
 _FORWARDED = (
     "NEXUSGEN_API_KEYS",
     "MLFLOW_TRACKING_URI",
@@ -37,6 +48,7 @@ _FORWARDED = (
     "MLFLOW_TRACKING_PASSWORD",
 )
 _FORWARDED_PREFIXES = ("AWS_",)
+_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set in the driver of a submitted job
 
 
 @dataclass(frozen=True)
@@ -248,13 +260,19 @@ def _check_reachable(address: str) -> None:
 
 
 def _worker_environment() -> dict[str, str]:
-    """Variables that workers need wherever they run; Ray refuses those that a submitted job already carries."""
+    """Variables that workers need wherever they run; Ray refuses those that a submitted job already carries.
+
+    A submitted job's driver passes on no secrets: it has them from the job, which gives them to workers itself, or from
+    its node, as the workers do.
+    """
     # An actor computes in another thread than its first, and decodes in more: with an arena for each, the C library
     # keeps giving large buffers back to the system and asking for them anew, half of all system time of `embed`.
     wanted = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
     for name, value in os.environ.items():
         if name in _FORWARDED or name.startswith(_FORWARDED_PREFIXES):
             wanted[name] = value
-    job_config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-    carried = job_config.get("runtime_env", {}).get("env_vars", {})
-    return {name: value for name, value in wanted.items() if name not in carried}
+    if _JOB_CONFIG not in os.environ:
+        return wanted
+    carried = json.loads(os.environ[_JOB_CONFIG]).get("runtime_env", {}).get("env_vars", {})
+    kept = (*carried, *SECRET_VARIABLES)
+    return {name: value for name, value in wanted.items() if name not in kept}
