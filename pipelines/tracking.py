@@ -386,7 +386,7 @@ def _patiently(act: Callable[[], T], uri: str, patience_s: float) -> T:
                 raise NexusgenError(f"MLflow at {redact(uri)} refused: {error}") from error
             if time.monotonic() >= deadline:
                 raise ResourceError(
-                    f"MLflow at {redact(uri)} doesn't answer ({str(error)[:300]}): "
+                    f"MLflow at {redact(uri)} doesn't answer ({redact(str(error))[:300]}): "
                     "start the server, or correct or unset MLFLOW_TRACKING_URI"
                 ) from error
             log.warning("MLflow at %s doesn't answer; trying again", redact(uri))
