@@ -67,13 +67,16 @@ class Nodes:
         )
         self._wait_for(1, self.head, "head")
 
-    def start_worker(self, *, wait: bool = True) -> None:
-        """Start one more node, and wait until it has joined, unless it may do so later."""
+    def start_worker(self) -> None:
+        """Start one more node; it joins when it is ready."""
         name = f"worker-{len(self.workers)}-{time.monotonic():.0f}"
         address = f"--address=127.0.0.1:{self.port}"
         self.workers.append(self._start(name, address, f"--num-cpus={self._worker_cpus}"))
-        if wait:
-            self._wait_for(1 + len(self.workers), self.workers[-1], name)
+
+    def wait_for_workers(self) -> None:
+        """Wait until all nodes have joined."""
+        for number, worker in enumerate(self.workers):
+            self._wait_for(2 + number, worker, "head")
 
     def log(self, name: str) -> str:
         """What a node has printed."""
@@ -100,6 +103,10 @@ class Nodes:
         for process in (*self.workers, *([self.head] if self.head else [])):
             kill_tree(process)
         self.workers, self.head = [], None
+        for process in psutil.process_iter():  # started while their parents were being killed
+            with contextlib.suppress(psutil.Error):
+                if any(self._scratch.name in word for word in process.cmdline()):
+                    process.kill()
         self._scratch.cleanup()
 
     def _start(self, name: str, *options: str) -> subprocess.Popen[bytes]:
@@ -146,6 +153,7 @@ def nodes(folder: Path, num_workers: int, environment: Mapping[str, str]) -> Ite
         made.start_head()
         for _ in range(num_workers):
             made.start_worker()
+        made.wait_for_workers()
         yield made
     finally:
         made.close()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -23,13 +25,43 @@ def free_port() -> int:
 
 
 @contextmanager
-def mlflow_server(folder: Path, port: int) -> Iterator[None]:
-    """An MLflow tracking server that keeps its database and artefacts in `folder`, also over a restart."""
+def mlflow_server(folder: Path, port: int, database: str = "") -> Iterator[None]:
+    """An MLflow tracking server that keeps its artefacts in `folder`, and there its database, too, if none is given."""
+    database = database or f"sqlite:///{folder}/server.db"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", str(folder / "art")]
+    command += ["--backend-store-uri", database, "--artifacts-destination", str(folder / "art")]
     variables = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with _server(command, variables, f"http://127.0.0.1:{port}/health", folder / "mlflow.log"):
         yield
+
+
+@contextmanager
+def postgres_server(port: int) -> Iterator[str]:
+    """A PostgreSQL database for MLflow; gives its URI. It doesn't run as root, so root starts it as user `postgres`."""
+    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"))  # Debian's, which aren't on PATH
+    initdb = shutil.which("initdb", path=os.pathsep.join([os.environ.get("PATH", ""), *map(str, folders)]))
+    assert initdb is not None, "PostgreSQL is missing: apt-get install postgresql"
+    user = "postgres" if os.getuid() == 0 else None
+    with tempfile.TemporaryDirectory(prefix="postgres-", ignore_cleanup_errors=True) as name:
+        if user is not None:
+            shutil.chown(name, user)
+        command = [initdb, "--pgdata", f"{name}/data", "--username", "mlflow", "--auth", "trust", "--no-sync"]
+        subprocess.run(command, user=user, cwd=name, check=True, stdout=subprocess.DEVNULL)
+        command = [str(Path(initdb).with_name("postgres")), "-D", f"{name}/data", "-p", str(port), "-k", name]
+        with Path(name, "log").open("wb") as log:
+            server = subprocess.Popen(
+                [*command, "-h", "127.0.0.1"], user=user, cwd=name, stdout=log, stderr=log, start_new_session=True
+            )
+        try:
+            deadline = time.monotonic() + 60
+            while not _accepts(port):
+                assert server.poll() is None, Path(name, "log").read_text()
+                assert time.monotonic() < deadline, "PostgreSQL doesn't start"
+                time.sleep(0.2)
+            yield f"postgresql://mlflow@127.0.0.1:{port}/postgres"
+        finally:
+            server.send_signal(signal.SIGQUIT)  # at once, with all its processes
+            server.wait()
 
 
 @contextmanager
@@ -58,6 +90,11 @@ def _server(command: Sequence[str], variables: Mapping[str, str], health: str, l
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
+
+
+def _accepts(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _answers(url: str) -> bool:

@@ -151,7 +151,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         yield made
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_a_road_is_one_job_and_shows_no_secret(place: Site) -> None:
     code, made, log = place.submit("road", DEMO_CONFIGS / "road.yaml", *ROAD)
     assert code == 0, log[-3000:]
