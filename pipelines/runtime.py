@@ -28,6 +28,7 @@ MIN_LOCAL_CPUS = 8  # logical; Train's workers, Data's readers and Serve's repli
 LOCAL_OBJECT_STORE_BYTES = 2_000_000_000  # Ray's own default is 30 % of the memory
 CPU_SAMPLE_S = 1.0
 FREE_CPU_PATIENCE_S = 10.0  # CPUs of a job that has just ended are given back with a delay
+JOIN_PATIENCE_S = 180.0  # a submitted job waits so long for its cluster's nodes
 
 # Ray shows a job's variables to whoever has the cluster's token, and logs them.
 SECRET_VARIABLES = (
@@ -118,19 +119,29 @@ def ray_cluster(num_cpus_needed: float, why: str, *, local_cpus: int | None = No
 def require_cpus(num_cpus_needed: float, why: str, *, patience_s: float = FREE_CPU_PATIENCE_S) -> tuple[float, float]:
     """Refuse now what Ray would wait for without end. Returns the cluster's CPUs: (total, free).
 
-    A cluster large enough but busy is asked again for `patience_s` seconds.
+    A cluster large enough but busy is asked again for `patience_s` seconds. In a submitted job, where nobody sits in
+    front, it is asked for JOIN_PATIENCE_S, also when it is too small: after a failure its nodes come back one by one.
     Raises: ResourceError with the numbers needed, free and in all.
     """
     import ray
 
-    deadline = time.monotonic() + patience_s
+    waits_for_nodes = _JOB_CONFIG in os.environ
+    deadline = time.monotonic() + (JOIN_PATIENCE_S if waits_for_nodes else patience_s)
+    is_told = False
     while True:
         total = float(ray.cluster_resources().get("CPU", 0.0))
         free = float(ray.available_resources().get("CPU", 0.0))
         if free >= num_cpus_needed:
             return total, free
-        if total < num_cpus_needed or time.monotonic() >= deadline:
+        if (total < num_cpus_needed and not waits_for_nodes) or time.monotonic() >= deadline:
             _check_cpus(num_cpus_needed, total, free, why, is_local=not os.environ.get("RAY_ADDRESS"))
+        if waits_for_nodes and not is_told:
+            is_told = True
+            print(
+                f"{why} needs {num_cpus_needed:g} CPUs, {free:g} of the cluster's {total:g} are free: waiting for more",
+                file=sys.stderr,
+                flush=True,
+            )
         time.sleep(0.25)
 
 

@@ -167,7 +167,10 @@ class JobApi:
 
     def job(self, job_id: str) -> JobState:
         """One of them. Raises: InputError if the cluster doesn't know it."""
-        return JobState.from_answer(self._get(f"/api/jobs/{job_id}", missing=self._unknown(job_id)))
+        values = self._get(f"/api/jobs/{job_id}", missing=self._unknown(job_id))
+        if not values.get("submission_id"):  # Ray's number of a driver
+            raise InputError(self._unknown(job_id))
+        return JobState.from_answer(values)
 
     def logs(self, job_id: str) -> str:
         """What the job has printed so far."""
@@ -201,17 +204,18 @@ class JobApi:
         forgotten the job.
         """
         reader = _LogReader(self, job_id, write)
-        answered = time.monotonic()
+        silent_since: float | None = None
         while True:
             with contextlib.suppress(_SilenceError):  # whether the job is still there is asked below
                 asyncio.run(reader.read())
             try:
                 state = self.job(job_id)
-                answered = time.monotonic()
+                silent_since = None
                 if state.is_over:
                     return state
             except _SilenceError as error:
-                if time.monotonic() - answered > FOLLOW_PATIENCE_S:
+                silent_since = silent_since or time.monotonic()
+                if time.monotonic() - silent_since > FOLLOW_PATIENCE_S:
                     raise ResourceError(
                         f"{error}, for {FOLLOW_PATIENCE_S:g} s. The job may run on, or be lost with its head: when the "
                         "cluster answers again, the same `nexusgen submit` attaches to it or goes on from what is done"
@@ -225,7 +229,9 @@ class JobApi:
         )
 
     def _get(self, path: str, missing: str = "") -> Any:
-        """The JSON at a path. Raises: InputError with the text `missing` for a 404; as `_checked`."""
+        """The JSON at a path. Raises: InputError with the text `missing` for a 404; ResourceError for no answer, or one
+        that isn't a dashboard's.
+        """
         import requests
 
         try:

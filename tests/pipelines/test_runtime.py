@@ -9,7 +9,9 @@ import time
 
 import pytest
 
-from pipelines.runtime import CpuMeter, JobReport
+from nexusgen.errors import ResourceError
+from pipelines import runtime
+from pipelines.runtime import CpuMeter, JobReport, RayCluster
 
 OWN_CLUSTER = """
 import json, os, sys
@@ -106,3 +108,26 @@ def test_job_report_round_trip() -> None:
     assert JobReport.from_json(json.loads(json.dumps(report.to_json()))) == report
     assert report.samples_per_s == 25
     assert JobReport("register", 1.0, 1.0).samples_per_s is None
+
+
+def test_a_submitted_job_waits_for_its_nodes_and_tells(
+    ray_cluster: RayCluster, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    monkeypatch.setattr(runtime, "JOIN_PATIENCE_S", 0.6)
+    with pytest.raises(ResourceError, match="the road needs 1000 CPUs, but only"):
+        runtime.require_cpus(1000, "the road")
+    assert "are free: waiting for more" in capsys.readouterr().err
+
+
+def test_a_submitted_jobs_driver_passes_on_addresses_but_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "held by the node")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-test-1")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    assert runtime._worker_environment()["AWS_SECRET_ACCESS_KEY"] == "held by the node"
+    carried = {"runtime_env": {"env_vars": {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(carried))
+    passed = runtime._worker_environment()
+    assert passed["AWS_DEFAULT_REGION"] == "eu-test-1"
+    assert not {"AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_URI"} & passed.keys()
