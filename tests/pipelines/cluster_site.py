@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,10 +72,8 @@ def site(
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_", "MLFLOW_"))}
     with contextlib.ExitStack() as stack:
         stack.enter_context(s3_server(folder, s3_port, BUCKET))
-        beside = stack.enter_context(ThreadPoolExecutor(1))
-        tracker = beside.submit(stack.enter_context, tracking_server(folder, mlflow_port))  # which takes as long as Ray
         ray = stack.enter_context(nodes(folder / "nodes", num_workers, SECRETS))
-        tracker.result()
+        stack.enter_context(tracking_server(folder, mlflow_port))
         environment = {
             **kept,
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3_port}",

@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 from servers import free_port
 
-NODE_PATIENCE_S = 180.0
+NODE_PATIENCE_S = 300.0
 OBJECT_STORE_BYTES = 150_000_000
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
@@ -58,14 +58,22 @@ class Nodes:
         return f"http://127.0.0.1:{self.dashboard_port}"
 
     def start_head(self) -> None:
-        """Start the head, which runs drivers alone, and wait until it is one of its cluster's nodes."""
-        self.head = self._start(
-            "head",
-            *("--head", f"--port={self.port}", "--dashboard-host=127.0.0.1"),
-            *(f"--dashboard-port={self.dashboard_port}", f"--ray-client-server-port={self.client_port}"),
-            *("--num-cpus=0", f"--temp-dir={self._scratch.name}"),
-        )
-        self._wait_for(1, self.head, "head")
+        """Start the head, which runs drivers alone, and wait until it is one of its cluster's nodes.
+
+        Ray gives its own processes 30 s to find each other; on a busy machine that is tried again.
+        """
+        for is_last in (False, False, True):
+            self.head = self._start(
+                "head",
+                *("--head", f"--port={self.port}", "--dashboard-host=127.0.0.1"),
+                *(f"--dashboard-port={self.dashboard_port}", f"--ray-client-server-port={self.client_port}"),
+                *("--num-cpus=0", f"--temp-dir={self._scratch.name}"),
+            )
+            if self._comes_up(1, self.head, "head"):
+                return
+            kill_tree(self.head)
+            self._kill_strays()
+            assert not is_last, self.log("head")
 
     def start_worker(self) -> None:
         """Start one more node; it joins when it is ready."""
@@ -74,9 +82,14 @@ class Nodes:
         self.workers.append(self._start(name, address, f"--num-cpus={self._worker_cpus}"))
 
     def wait_for_workers(self) -> None:
-        """Wait until all nodes have joined."""
-        for number, worker in enumerate(self.workers):
-            self._wait_for(2 + number, worker, "head")
+        """Wait until all nodes have joined; one that Ray gave up is started again, once."""
+        for number in range(len(self.workers)):
+            for is_last in (False, True):
+                if self._comes_up(2 + number, self.workers[number], "a worker"):
+                    break
+                assert not is_last, "a worker node ends by itself; see its log beside the head's"
+                kill_tree(self.workers.pop(number))
+                self.start_worker()
 
     def log(self, name: str) -> str:
         """What a node has printed."""
@@ -103,10 +116,7 @@ class Nodes:
         for process in (*self.workers, *([self.head] if self.head else [])):
             kill_tree(process)
         self.workers, self.head = [], None
-        for process in psutil.process_iter():  # started while their parents were being killed
-            with contextlib.suppress(psutil.Error):
-                if any(self._scratch.name in word for word in process.cmdline()):
-                    process.kill()
+        self._kill_strays()
         self._scratch.cleanup()
 
     def _start(self, name: str, *options: str) -> subprocess.Popen[bytes]:
@@ -115,12 +125,22 @@ class Nodes:
         with (self.folder / f"{name}.log").open("ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, env=self._environment, start_new_session=True)
 
-    def _wait_for(self, num_nodes: int, process: subprocess.Popen[bytes], name: str) -> None:
+    def _comes_up(self, num_nodes: int, process: subprocess.Popen[bytes], name: str) -> bool:
+        """Wait for so many nodes; False if this one ends by itself."""
         deadline = time.monotonic() + NODE_PATIENCE_S
         while self.num_alive() < num_nodes:
-            assert process.poll() is None, self.log(name)
-            assert time.monotonic() < deadline, f"{name} isn't there in {NODE_PATIENCE_S:g} s: {self.log(name)}"
+            if process.poll() is not None:
+                return False
+            assert time.monotonic() < deadline, f"{name} isn't there in {NODE_PATIENCE_S:g} s"
             time.sleep(0.5)
+        return True
+
+    def _kill_strays(self) -> None:
+        """Kill what was started while its parents were being killed."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if any(self._scratch.name in word for word in process.cmdline()):
+                    process.kill()
 
     def num_alive(self) -> int:
         """Nodes that the cluster counts as alive, its head among them; 0 while it doesn't answer."""
