@@ -31,7 +31,7 @@ import tempfile
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,8 +128,17 @@ class Saver:
     that can't be written is told on standard error and counted in `num_failed`; the training goes on to the next one.
     """
 
-    def __init__(self, folder: str, rank: int, world_size: int, keep_last: int) -> None:
+    def __init__(
+        self,
+        folder: str,
+        rank: int,
+        world_size: int,
+        keep_last: int,
+        told: Callable[[int, float], None] | None = None,
+    ) -> None:
+        """`told` is called on rank 0 with step and seconds when a checkpoint is in its place, from another thread."""
         self._folder = storage.absolute(folder)
+        self._told = told
         self._rank, self._world_size, self._keep_last = rank, world_size, keep_last
         self._attempt = ""  # tells what this training writes from what an earlier one left behind; equal on all ranks
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -145,6 +154,7 @@ class Saver:
         `ema` has names and sharding of the module's parameters. Waits for the upload before, if that isn't done yet.
         """
         self.wait()
+        started = time.monotonic()
         self._failure = None
         self._attempt = self._attempt or _agree_on_name(self._world_size)
         meta = meta.model_copy(update={"has_ema": ema is not None})
@@ -156,9 +166,9 @@ class Saver:
             self._fail(meta, error)
             return
         if storage.is_remote(self._folder):
-            self._upload = self._thread.submit(self._deliver, staging, meta)
+            self._upload = self._thread.submit(self._deliver, staging, meta, started)
         elif self._rank == 0:
-            self._deliver(staging, meta)
+            self._deliver(staging, meta, started)
 
     def close(self) -> None:
         """Wait for the last upload. Raises: ResourceError if the last checkpoint couldn't be written."""
@@ -183,8 +193,8 @@ class Saver:
             return Path(tempfile.gettempdir()) / f"nexusgen{name}-rank-{self._rank}"
         return storage.local_path(self._folder) / name
 
-    def _deliver(self, staging: Path, meta: Meta) -> None:
-        """Bring what is staged to its place; rank 0, when all ranks have done so, points to it."""
+    def _deliver(self, staging: Path, meta: Meta, started: float) -> None:
+        """Bring what is staged to its place; rank 0, when all ranks have done so, points to it and tells."""
         uri = storage.join(self._folder, _folder_name(meta))
         content = (meta.model_dump_json(indent=2) + "\n").encode()
         try:
@@ -204,6 +214,8 @@ class Saver:
             return
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+        if self._told is not None:
+            self._told(meta.step, time.monotonic() - started)
         try:
             self._tidy(meta)
         except (InputError, ResourceError) as error:

@@ -118,6 +118,7 @@ def embed(config: EmbedConfig, parent_run_id: str | None = None) -> JobReport:
                 config.name,
                 "embed",
                 dump_config(config),
+                makes=config.mode,
                 parent=parent_run_id,
                 tags={tracking.TAG_FINGERPRINT: plan.fingerprint},
             ) as run,

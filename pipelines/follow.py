@@ -144,6 +144,11 @@ class Follower:
         if sheet is not None:
             self._run.log_image(sheet, f"samples/step-{step:06d}.png")
 
+    def show_checkpoint(self, step: int, seconds: float) -> None:
+        """Log how long the checkpoint after a step took."""
+        if self._run is not None:
+            self._run.log_metrics({"train/checkpoint_s": seconds}, step)
+
     def tell(self, step: int, asked: Notice) -> None:
         """Say in the progress that a checkpoint was written after a step because a worker is about to end."""
         reasons = [reason for notice, reason in REASONS.items() if notice in asked]

@@ -293,9 +293,10 @@ def run_training(
     else:
         source = StageSource(data, stage, cache_bytes)
     batches = iterate(plan, source, config.num_steps, meta.step, ranks.rank, ranks.world_size, config.num_micro_batches)
-    saver = checkpoint.Saver(place, ranks.rank, ranks.world_size, config.keep_checkpoints)
     utilisation = find_utilisation(stage.module, ranks.device, ranks.world_size, config.precision)
     follower = Follower(config, run, place, ranks.rank, ranks.world_size, utilisation)
+    told = follower.show_checkpoint
+    saver = checkpoint.Saver(place, ranks.rank, ranks.world_size, config.keep_checkpoints, told)
     stopped = Notice.NONE
     for record in training_steps(stage, batches, plan, optimizer, config, ranks, guard, notices):
         step = record.step + 1

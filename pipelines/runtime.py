@@ -100,7 +100,7 @@ def ray_cluster(num_cpus_needed: float, why: str, *, local_cpus: int | None = No
     Raises: ResourceError, before the job starts anything, if fewer CPUs are free or no cluster answers.
     """
     address = os.environ.get("RAY_ADDRESS")
-    is_started_here = not _is_ray_initialised()
+    is_started_here = not is_ray_initialised()
     if is_started_here:
         if not address:
             total = float(local_cpus or max(MIN_LOCAL_CPUS, os.cpu_count() or 1))
@@ -207,7 +207,8 @@ class CpuMeter:
                 self._last_seen[identity] = times.user + times.system
 
 
-def _is_ray_initialised() -> bool:
+def is_ray_initialised() -> bool:
+    """Whether this process is connected to Ray; doesn't import it."""
     ray = sys.modules.get("ray")  # importing ray takes a second, and a refusal needs none of it
     return ray is not None and bool(ray.is_initialized())
 

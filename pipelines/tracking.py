@@ -43,6 +43,7 @@ from PIL import Image
 
 from nexusgen.errors import ConfigError, InputError, NexusgenError, ResourceError
 from nexusgen.schema import REASON_CODES
+from pipelines.exported import Exporter
 from pipelines.runtime import JobReport
 from pipelines.storage import is_remote, local_path
 
@@ -65,6 +66,7 @@ METRICS = {
     "train/tokens_per_s": "tokens per wall second, all ranks",
     "train/data_wait_fraction": "share of the step's time spent waiting for data",
     "train/mfu": "share of the devices' peak arithmetic in bf16 that the model needs; only where a GPU's peak is known",
+    "train/checkpoint_s": "seconds until a checkpoint was in its place; in object storage steps go on meanwhile",
     "eval/SUITE/METRIC": "a score of a suite; validation of a training run is the suite `validation`",
     "eval/SUITE/METRIC.BOUND": "low and high of the score's 95 % interval, and n, the items that it is the mean of",
     "against/SUITE/METRIC": "difference of a score to another model's on the same items; with .low, .high and .n",
@@ -179,16 +181,21 @@ def check_metric_names(names: Iterator[str] | Sequence[str] | Mapping[str, float
 class Run:
     """One MLflow run, logged into without waiting; made by `job_run`, `road_run` or `attach`."""
 
-    def __init__(self, run_id: str, outbox: _Outbox, known_params: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, run_id: str, outbox: _Outbox, exporter: Exporter | None, known_params: Mapping[str, str] | None = None
+    ) -> None:
         self.run_id = run_id
         self._outbox = outbox
+        self._exporter = exporter
         self._known_params = dict(known_params or {})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
-        """Raises: ValueError for a name outside the table METRICS."""
+        """Tell MLflow, and Prometheus where Ray runs. Raises: ValueError for a name outside the table METRICS."""
         check_metric_names(metrics)
         now = _now_ms()
         self._outbox.put({"metrics": [[name, float(value), now, int(step)] for name, value in metrics.items()]})
+        if self._exporter is not None:
+            self._exporter.export(metrics, int(step))
 
     def log_params(self, config: Mapping[str, Any]) -> None:
         """Log a (nested) configuration under dotted names, without secrets.
@@ -254,12 +261,14 @@ def job_run(
     config_yaml: str,
     *,
     stage: str | None = None,
+    makes: str | None = None,
     parent: str | None = None,
     resume_run_id: str | None = None,
     tags: Mapping[str, str] | None = None,
 ) -> Iterator[Run]:
     """Follow a job: a run (nested under `parent`), its configuration as params and as `config.yaml`, its end.
 
+    `makes` is the job's `stage` in Prometheus' eyes, where it has none in MLflow's (default: the job's name).
     `resume_run_id` continues that run. The run ends FINISHED, KILLED on Ctrl-C, or FAILED with the message in its note.
     Raises: ConfigError without a place for MLflow; ResourceError if its server doesn't answer; what the body raises.
     """
@@ -278,7 +287,7 @@ def job_run(
 
     run_id, known_params = _patiently(open_run, mlflow_uri(storage), patience_s)
     outbox = _Outbox(client, run_id, _spool_root(storage))
-    run = Run(run_id, outbox, known_params)
+    run = Run(run_id, outbox, Exporter(experiment, stage or makes or job), known_params)
     run.log_text(config_yaml, "config.yaml")
     run.log_params(yaml.safe_load(config_yaml) or {})
     status = "FAILED"
@@ -305,11 +314,14 @@ def road_run(storage: str, experiment: str, config_yaml: str, *, resume_run_id: 
 
 
 @contextmanager
-def attach(storage: str, run_id: str) -> Iterator[Run]:
-    """Log into a run that another process has opened and will close: rank 0 of training into the driver's run."""
+def attach(storage: str, run_id: str, exporter: Exporter | None = None) -> Iterator[Run]:
+    """Log into a run that another process has opened and will close: rank 0 of training into the driver's run.
+
+    Prometheus is told by the `exporter`, if there is one.
+    """
     outbox = _Outbox(connect(storage), run_id, _spool_root(storage))
     try:
-        yield Run(run_id, outbox)
+        yield Run(run_id, outbox, exporter)
     finally:
         outbox.close(CLOSE_PATIENCE_S)
 

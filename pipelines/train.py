@@ -27,6 +27,7 @@ from nexusgen.schema import Task
 from pipelines import checkpoint, storage, tracking
 from pipelines.batches import SHUFFLE_BYTES, BatchRule, Plan, check_world_size
 from pipelines.checkpoint import Checkpoint
+from pipelines.exported import Exporter
 from pipelines.loop import Ranks, open_training, run_training
 from pipelines.lora import LoraConfig
 from pipelines.notices import Notice, Notices, active
@@ -361,7 +362,8 @@ def _work(job: Mapping[str, Any]) -> None:
         with contextlib.ExitStack() as stack:
             run = None
             if ranks.rank == 0:
-                run = stack.enter_context(tracking.attach(config.storage, job["run_id"]))
+                exporter = Exporter(config.name, config.stage)
+                run = stack.enter_context(tracking.attach(config.storage, job["run_id"], exporter))
                 stack.enter_context(stop_watched(storage.join(job["place"], STOP_FILE)))
             stopped = run_training(config, job["run_id"], ranks, run, notices)
         if stopped:
