@@ -84,6 +84,8 @@ def wrong_words(words: Sequence[str]) -> Iterator[str]:
 
 def _parse_nexusgen(words: list[str]) -> str | None:
     words = [word.replace("/app/", f"{ROOT}/") if word.startswith("/app/jobs/") else word for word in words]
+    if words == ["--version"]:
+        return None
     parser = argparse.ArgumentParser(prog="nexusgen", exit_on_error=False)
     subparsers = parser.add_subparsers(dest="command", required=True)
     for command in cli.COMMANDS:
