@@ -106,14 +106,14 @@ def _run_jobs(storage: Path) -> None:
     from pipelines.train import TrainConfig, train
 
     common = [f"storage={storage}", "name=watched"]
-    counts = "counts={generation: 2400, editing: 0, understanding: 0}"
+    counts = "counts={generation: 1600, editing: 0, understanding: 0}"
     pack(load_config(PackConfig, CONFIGS / "pack.yaml", [*common, counts]))
     shards = sorted((storage / "tars" / "watched").glob("*.tar"))
     shards[-1].write_bytes(shards[-1].read_bytes()[: shards[-1].stat().st_size // 2])
     tars = f"input={storage}/tars/watched"
     embed(load_config(EmbedConfig, CONFIGS / "embed_vision.yaml", [*common, tars, "max_quarantine_fraction=1"]))
     time.sleep(RAY_REPORTS_S + 2 * SCRAPE_S)
-    steps = ["mixture=null", "num_steps=400", "batch_samples=8", "log_every=5", "checkpoint_every=100"]
+    steps = ["mixture=null", "num_steps=200", "batch_samples=8", "log_every=5", "checkpoint_every=50"]
     train(load_config(TrainConfig, CONFIGS / "train_ar.yaml", [*common, *steps]))
 
 

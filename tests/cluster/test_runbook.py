@@ -3,8 +3,10 @@ and every command of ours, Ray's and MLflow's in them is parsed by its own progr
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -62,7 +64,14 @@ def test_blocks_run(file: str, tmp_path: Path) -> None:
     script = "\n".join(["set -euo pipefail", *marked])
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
     environment |= {"PYTHONPATH": str(checkout), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        ["bash", "-c", script], cwd=checkout, env=environment, capture_output=True, text=True, timeout=PATIENCE_S
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    told = tmp_path / "told"
+    with told.open("w") as log:
+        shell = subprocess.Popen(
+            ["bash", "-c", script], cwd=checkout, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        exit_code = shell.wait(PATIENCE_S)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(shell.pid, signal.SIGTERM)  # what a block that failed left running
+    assert exit_code == 0, told.read_text()[-4000:]
