@@ -24,6 +24,7 @@ from typing import Any
 from nexusgen.config import Config, dump_config, parse_config, read_values
 from nexusgen.errors import ConfigError, GateError
 from pipelines import registry, runtime, storage, tracking
+from pipelines.accounting import Prices
 from pipelines.embed import EmbedConfig, embed
 from pipelines.evaluate import EvaluateConfig, evaluate
 from pipelines.pack import PackConfig, pack
@@ -37,14 +38,14 @@ SPARE_CPUS = 1.0  # for Ray Data's own tasks, beside a job's workers
 
 # Sections of a road's configuration, and which of the road's own keys each takes over.
 SECTIONS = {
-    "pack": ("storage", "name"),
-    "embed_vision": ("storage", "name", "model", "input"),
-    "embed_latents": ("storage", "name", "model", "input"),
-    "train_ar": ("storage", "name", "model"),
-    "train_generation_decoder": ("storage", "name", "model"),
-    "embed_predicted": ("storage", "name", "model", "input"),
-    "train_editing_decoder": ("storage", "name", "model"),
-    "evaluate": ("storage", "name", "model"),
+    "pack": ("storage", "name", "prices"),
+    "embed_vision": ("storage", "name", "model", "input", "prices"),
+    "embed_latents": ("storage", "name", "model", "input", "prices"),
+    "train_ar": ("storage", "name", "model", "prices"),
+    "train_generation_decoder": ("storage", "name", "model", "prices"),
+    "embed_predicted": ("storage", "name", "model", "input", "prices"),
+    "train_editing_decoder": ("storage", "name", "model", "prices"),
+    "evaluate": ("storage", "name", "model", "prices"),
     "promote": ("storage",),
 }
 
@@ -56,6 +57,7 @@ class RoadConfig(Config):
     name: str
     model: str = registry.DEMO_BASE  # the base that everything starts from
     input: str | list[str] | None = None  # tar shards to start from; null: those that `pack` makes
+    prices: Prices | None = None  # what an hour costs: then each job's run tells its cost
 
     pack: PackConfig
     embed_vision: EmbedConfig
@@ -164,7 +166,7 @@ def run_road(config: RoadConfig) -> RoadResult:
             ("train generation_decoder", lambda run_id: train(config.train_generation_decoder, run_id)),
             ("train ar", lambda run_id: train(config.train_ar, run_id)),
         )
-        own = RegisterConfig(storage=config.storage, name=config.name, model=config.model)
+        own = RegisterConfig(storage=config.storage, name=config.name, model=config.model, prices=config.prices)
         drawing = _published(walker.walk("register", lambda run_id: register(own, run_id)))
         predicted = config.embed_predicted.model_copy(update={"model": drawing})
         walker.walk("embed predicted", lambda run_id: embed(predicted, run_id))

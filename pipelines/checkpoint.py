@@ -42,7 +42,7 @@ from pydantic import ConfigDict, ValidationError
 
 from nexusgen.config import Config
 from nexusgen.errors import InputError, ModelError, ResourceError
-from pipelines import storage
+from pipelines import process_use, storage
 
 if TYPE_CHECKING:  # the registry finds checkpoints without torch
     from jaxtyping import Shaped
@@ -205,6 +205,7 @@ class Saver:
                 storage.write_bytes_atomic(storage.join(uri, "meta.json"), content)
             else:
                 (staging / "meta.json").write_bytes(content)
+                process_use.count_written(sum(path.stat().st_size for path in staging.iterdir()))
                 shutil.rmtree(storage.local_path(uri), ignore_errors=True)  # of steps that are trained anew
                 staging.rename(storage.local_path(uri))
             pointer = {"step": meta.step, "path": _folder_name(meta)}
@@ -281,6 +282,7 @@ def load(checkpoint: Checkpoint, module: nn.Module, optimizer: Optimizer) -> dic
     import torch
 
     from nexusgen.model.tensors import check_tensors
+    from pipelines.parallel import local
 
     stored = _stored_tensors(checkpoint.uri)
     averaged = {
@@ -291,6 +293,7 @@ def load(checkpoint: Checkpoint, module: nn.Module, optimizer: Optimizer) -> dic
     state = _state_of(module, optimizer) | _name_average(module, averaged)
     check_tensors(state, stored, checkpoint.uri)
     _read(state, checkpoint.uri)
+    process_use.count_read(sum(local(tensor).nbytes for tensor in state.values()))
     return averaged or None
 
 
@@ -311,6 +314,7 @@ def export_weights(checkpoint: Checkpoint, path: Path) -> None:
         for source, found in ((source, stored[source]) for source in sources.values())
     }
     _read(state, checkpoint.uri, no_dist=True)
+    process_use.count_read(sum(tensor.nbytes for tensor in state.values()))
     save_file({name: state[source] for name, source in sources.items()}, path, metadata={"format": "pt"})
 
 

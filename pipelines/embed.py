@@ -32,6 +32,7 @@ from nexusgen.errors import InputError, ModelError, QuarantineError
 from nexusgen.model.manifest import Manifest, read_manifest
 from nexusgen.schema import EmbedMode, StoredDtype
 from pipelines import embedded, storage, takedowns, tracking
+from pipelines.accounting import Account, Prices, account_uri
 from pipelines.embedded import EmbeddedManifest, ShardInfo, SliceInfo
 from pipelines.quarantine import check_fraction
 from pipelines.registry import pin_model, resolve_model
@@ -71,6 +72,7 @@ class EmbedConfig(Config):
     decode_threads: int = Field(default=1, ge=1)  # of an encoder, which reserves as many CPUs
     # Patches of the vision tower in one batch: 6 released targets fit a CPU's caches; a GPU wants some ten times more.
     batch_patches: int = Field(default=2048, ge=1)
+    prices: Prices | None = None  # what an hour costs: then the job's run tells its cost
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -125,22 +127,32 @@ def embed(config: EmbedConfig, parent_run_id: str | None = None) -> JobReport:
         ):
             run.set_tags({"mlflow.runName": f"embed {config.mode}"})
             storage.delete(storage.join(folder, embedded.MANIFEST_NAME))  # until all of it agrees again
+            account = _open_account(plan, run, meter)
             try:
                 if todo:
-                    records |= _run_ray(plan, todo, tally, run)
+                    records |= _run_ray(plan, todo, tally, run, account)
                 tally.check(is_final=True)
             finally:
+                account.write()
                 run.log_metrics(tally.metrics(), step=tally.num_samples)
-                account = _quarantine_report(tally)
-                run.log_text(account, "quarantine.txt")
-                print(f"embed {config.mode}: {account}", end="", file=sys.stderr, flush=True)
+                told = _quarantine_report(tally)
+                run.log_text(told, "quarantine.txt")
+                print(f"embed {config.mode}: {told}", end="", file=sys.stderr, flush=True)
             _tell_unmatched(tally)
             _remove_stale(plan, records, started_ns)
             done = _enter(plan, shards, records, tally, run.run_id)
             _log_inputs(run, config, done)
+            run.log_metrics(account.finish().metrics())
             report = _report(meter, folder, done, tally, num_rewritten, reused=False)
             run.log_report(report)
     return report
+
+
+def _open_account(plan: Plan, run: tracking.Run, meter: CpuMeter) -> Account:
+    config = plan.config
+    uri = account_uri(config.storage, "embed", config.name, config.mode)
+    recipe = f"{plan.config_hash} {plan.fingerprint}"
+    return Account(uri, run.run_id, recipe, config.prices, meter, workers=config.num_encoders)
 
 
 def _log_inputs(run: tracking.Run, config: EmbedConfig, done: EmbeddedManifest) -> None:
@@ -276,7 +288,9 @@ def _cluster(config: EmbedConfig, shards: Sequence[str]) -> AbstractContextManag
     return ray_cluster(num_cpus, f"embed with {num_readers} readers and {config.num_encoders} encoders")
 
 
-def _run_ray(plan: Plan, shards: Sequence[str], tally: _Tally, run: tracking.Run) -> dict[str, _Finished]:
+def _run_ray(
+    plan: Plan, shards: Sequence[str], tally: _Tally, run: tracking.Run, account: Account
+) -> dict[str, _Finished]:
     """Read and encode shards, to the end of each."""
     config = plan.config
     num_readers = min(config.num_readers, len(shards))
@@ -284,7 +298,8 @@ def _run_ray(plan: Plan, shards: Sequence[str], tally: _Tally, run: tracking.Run
     ends: dict[str, dict[str, Any]] = {}
     records: dict[str, _Finished] = {}
     progress = _Progress(plan, len(shards))
-    for row in _stream(plan, shards, num_readers):
+    num_gpus = config.num_encoders * config.gpus_per_encoder
+    for row in _stream(plan, shards, num_readers, account, num_gpus):
         shard = row["shard"]
         if shard in records:
             continue  # a read task that died is run again from its first shard and slice
@@ -308,8 +323,10 @@ def _run_ray(plan: Plan, shards: Sequence[str], tally: _Tally, run: tracking.Run
     return records
 
 
-def _stream(plan: Plan, shards: Sequence[str], num_readers: int) -> Iterator[dict[str, Any]]:
-    """Entries of slices and ends of shards, in the order in which they are done."""
+def _stream(
+    plan: Plan, shards: Sequence[str], num_readers: int, account: Account, num_gpus: float
+) -> Iterator[dict[str, Any]]:
+    """Entries of slices and ends of shards, in the order in which they are done; the account gets what each took."""
     import ray.data
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
@@ -320,7 +337,7 @@ def _stream(plan: Plan, shards: Sequence[str], num_readers: int) -> Iterator[dic
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = MAX_BLOCK_BYTES
     context.enable_progress_bars = False
-    with ray.data.DataContext.current(context):
+    with ray.data.DataContext.current(context), account.gpus(num_gpus):
         dataset = (
             ray.data.from_items(items, override_num_blocks=min(len(items), MAX_READ_TASKS))
             .map_batches(
@@ -344,9 +361,15 @@ def _stream(plan: Plan, shards: Sequence[str], num_readers: int) -> Iterator[dic
         for batch in batches:
             for text in batch.column("entry").to_pylist():
                 row = json.loads(text)
+                is_work = row["kind"] == "slice" and not row.get("is_reused")
+                account.add(_num_samples(row) if is_work else 0, row.pop("uses"))
                 if row["kind"] == "failure":
                     raise getattr(errors, row["error"])(row["message"])
                 yield row
+
+
+def _num_samples(entry: Mapping[str, Any]) -> int:
+    return int(entry["num_rows"]) + sum(entry["quarantined"].values())
 
 
 # ---- the account ----------------------------------------------------------------------------------------------------

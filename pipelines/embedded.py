@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from nexusgen.errors import InputError
 from nexusgen.schema import EmbedMode
-from pipelines import storage
+from pipelines import process_use, storage
 
 MANIFEST_NAME = "manifest.json"
 QUARANTINE_FOLDER = "quarantine"
@@ -145,8 +145,11 @@ def read_slice(
     with _opened(info) as parquet:
         wanted = None if columns is None else list(columns)
         if row_groups is None:
-            return parquet.read(columns=wanted)
-        return parquet.read_row_groups(list(row_groups), columns=wanted)
+            table = parquet.read(columns=wanted)
+        else:
+            table = parquet.read_row_groups(list(row_groups), columns=wanted)
+    process_use.count_read(table.nbytes)
+    return table
 
 
 def read_small_columns(info: SliceInfo, columns: Sequence[str]) -> tuple[pa.Table, dict[str, int]]:

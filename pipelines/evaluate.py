@@ -35,7 +35,8 @@ from nexusgen.model.decoder import ConditionerKind
 from nexusgen.model.manifest import Manifest, read_manifest
 from nexusgen.model.weights import DRAWING_PARTS, load_model
 from nexusgen.statistics import Interval, mean_of_groups_interval
-from pipelines import embedded, judge, pairs, registry, runtime, storage, tracking
+from pipelines import embedded, judge, pairs, process_use, registry, runtime, storage, tracking
+from pipelines.accounting import Account, Prices, account_uri
 from pipelines.benchmark_layouts import LAYOUTS, BenchmarkName, digest_prompts
 from pipelines.evaluation_report import REPORT_NAME, report_page
 from pipelines.evaluation_samples import DemoWorldSamples, StoredSamples
@@ -84,6 +85,7 @@ class EvaluateConfig(Config):
     num_actors: Annotated[int, Field(ge=1)] = 2
     actor_cpus: Annotated[float, Field(gt=0)] = 1.0
     actor_gpus: Annotated[float, Field(ge=0)] = Field(default=0.0, description="more than 0: bfloat16 on a GPU")
+    prices: Prices | None = Field(default=None, description="what an hour costs: then the job's run tells its cost")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -188,6 +190,7 @@ class SuiteActor:
         torch.set_num_threads(1)
         # Found here, not in the driver: on a cluster this may be another machine, with a cache of its own.
         folder = registry.resolve_model(model, storage_uri)
+        process_use.count_read(sum(storage.list_sizes(str(folder), recursive=True).values()))
         self._kept = kept
         self._work = suite.worker(
             load_model(
@@ -199,12 +202,16 @@ class SuiteActor:
         )
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Make and keep the rows of the units in the batch; gives the batch back."""
+        """Make and keep the rows of the units in the batch; gives the batch back, and what this process has used."""
+        uses = []
         for kind, first, last in zip(batch["kind"], batch["first"], batch["last"], strict=True):
             unit = Unit(str(kind), int(first), int(last))
+            started = process_use.clock()
             rows = [{"kind": unit.kind, "index": unit.first + i, **row} for i, row in enumerate(self._work(unit))]
             self._kept.write(unit, rows)
-        return batch
+            work = process_use.work_since(started, unit.kind, unit.last - unit.first)
+            uses.append(json.dumps(process_use.report(work)))
+        return batch | {"use": uses}
 
 
 def _suites(config: EvaluateConfig, manifests: Sequence[Manifest]) -> list[EvaluationSuite]:
@@ -284,9 +291,16 @@ def _evaluate_suites(
     if todo:
         cluster.enter_context(runtime.ray_cluster(config.num_actors * config.actor_cpus + READER_CPUS, "evaluate"))
         with runtime.CpuMeter() as meter, _open_run(config, model, parent_run_id) as run:
-            for suite in todo:
-                contents[suite.path], made = _run(suite, config, model, run)
-                num_made += made
+            uri = account_uri(config.storage, "evaluate", model.fingerprint)
+            recipe = json.dumps({suite.path: suite.settings for suite in todo}, sort_keys=True)
+            account = Account(uri, run.run_id, recipe, config.prices, meter, workers=config.num_actors)
+            try:
+                for suite in todo:
+                    contents[suite.path], made = _run(suite, config, model, run, account)
+                    num_made += made
+            finally:
+                account.write()
+            run.log_metrics(account.finish().metrics())
             found = _Evaluated(model, suites, {k: v for k, v in contents.items() if v}, num_made, is_reused=False)
             run.log_report(_report(config, meter, found, None, is_reused=False))
     evaluated = _Evaluated(model, suites, {k: v for k, v in contents.items() if v}, num_made, is_reused=not todo)
@@ -302,12 +316,12 @@ def _open_run(config: EvaluateConfig, model: _Model, parent_run_id: str | None) 
 
 
 def _run(
-    suite: EvaluationSuite, config: EvaluateConfig, model: _Model, run: tracking.Run
+    suite: EvaluationSuite, config: EvaluateConfig, model: _Model, run: tracking.Run, account: Account
 ) -> tuple[dict[str, Any], int]:
     """Evaluate, write rows, sheets and last the scores. Returns what the file of scores holds, and the items made."""
     folder = _folder(config, suite.path, model.fingerprint)
     kept = UnitRows.of(suite, folder)
-    rows, num_made = _work_through(suite, config, model, kept)
+    rows, num_made = _work_through(suite, config, model, kept, account)
     if isinstance(suite, BenchmarkSuite):
         rows = suite.finish(rows, folder)
     result = suite.summarise(rows)
@@ -339,7 +353,7 @@ def _run(
 
 
 def _work_through(
-    suite: EvaluationSuite, config: EvaluateConfig, model: _Model, kept: UnitRows
+    suite: EvaluationSuite, config: EvaluateConfig, model: _Model, kept: UnitRows, account: Account
 ) -> tuple[list[Row], int]:
     """Every unit's rows, in order of the items, and how many items were made now, by a pool of actors."""
     units = suite.units()
@@ -349,7 +363,7 @@ def _work_through(
     if num_kept:
         print(f"evaluate {suite.path}: {num_kept}/{total} were made before", file=sys.stderr, flush=True)
     num_done = num_kept
-    for unit in _make(suite, config, model, kept, todo):
+    for unit in _make(suite, config, model, kept, todo, account):
         found[unit] = kept.read(unit)
         num_done += unit.last - unit.first
         print(f"evaluate {suite.path}: {num_done}/{total}", file=sys.stderr, flush=True)
@@ -357,9 +371,14 @@ def _work_through(
 
 
 def _make(
-    suite: EvaluationSuite, config: EvaluateConfig, model: _Model, kept: UnitRows, units: Sequence[Unit]
+    suite: EvaluationSuite,
+    config: EvaluateConfig,
+    model: _Model,
+    kept: UnitRows,
+    units: Sequence[Unit],
+    account: Account,
 ) -> Iterator[Unit]:
-    """Have units made; gives each when its rows are kept."""
+    """Have units made; gives each when its rows are kept, and enters what it took."""
     if not units:
         return
     import ray.data
@@ -379,8 +398,10 @@ def _make(
         num_cpus=config.actor_cpus,
         num_gpus=config.actor_gpus or None,
     )
-    for row in dataset.iter_rows():
-        yield Unit(row["kind"], row["first"], row["last"])
+    with account.gpus(min(config.num_actors, len(units)) * config.actor_gpus):
+        for row in dataset.iter_rows():
+            account.add(row["last"] - row["first"], [json.loads(row["use"])])
+            yield Unit(row["kind"], row["first"], row["last"])
 
 
 def _compare(ours: _Evaluated, theirs: _Evaluated, config: EvaluateConfig, parent_run_id: str | None) -> _Evaluated:

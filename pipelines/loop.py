@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 from nexusgen.errors import NexusgenError
 from nexusgen.losses import total_loss
 from nexusgen.model.manifest import Manifest, read_manifest
-from pipelines import checkpoint, tracking
+from pipelines import checkpoint, process_use, tracking
+from pipelines.accounting import Account, account_uri
 from pipelines.batches import Batch, Plan, iterate
 from pipelines.checkpoint import Meta
 from pipelines.flops import find_utilisation
@@ -297,6 +299,9 @@ def run_training(
     follower = Follower(config, run, place, ranks.rank, ranks.world_size, utilisation)
     told = follower.show_checkpoint
     saver = checkpoint.Saver(place, ranks.rank, ranks.world_size, config.keep_checkpoints, told)
+    account = _open_account(config, run_id, ranks)
+    _enter_use(account, ranks, 0)  # what it took to get here
+    num_entered, steps_entered, started_s = meta.num_samples, meta.step, time.monotonic()
     stopped = Notice.NONE
     for record in training_steps(stage, batches, plan, optimizer, config, ranks, guard, notices):
         step = record.step + 1
@@ -316,6 +321,10 @@ def run_training(
             raise NexusgenError(_too_many_skipped(config, meta, record, source, plan))
         follower.follow(record, meta.num_skipped)
         is_due = step % config.checkpoint_every == 0 or step == config.num_steps
+        if step % config.log_every == 0 or is_due or record.asked:
+            done = ("steps", step - steps_entered, time.monotonic() - started_s)
+            _enter_use(account, ranks, meta.num_samples - num_entered, done)
+            num_entered, steps_entered, started_s = meta.num_samples, step, time.monotonic()
         if not is_due and not record.asked:
             continue
         started = time.monotonic()
@@ -335,14 +344,49 @@ def run_training(
             notices.save_s = time.monotonic() - started
             follower.tell(step, record.asked)
             stopped = record.asked & STOPS if step < config.num_steps else Notice.NONE
+        _enter_use(account, ranks, 0, ("checkpoints", 1, time.monotonic() - started_s))
+        started_s = time.monotonic()
         if stopped:
             break
     saver.close()
+    _enter_use(account, ranks, 0, is_last=True)
     cpu_seconds = torch.tensor([time.process_time()], dtype=torch.float64)
     ranks.sum_(cpu_seconds)
     if ranks.rank == 0 and not stopped:
         follower.finish(float(cpu_seconds))
     return stopped
+
+
+def _open_account(config: TrainConfig, run_id: str, ranks: Ranks) -> Account | None:
+    """The account of this attempt, which rank 0 keeps. GPUs are allocated since its process began."""
+    if ranks.rank != 0:
+        return None
+    account = Account(account_uri(config.storage, "train", config.name, config.stage), run_id, run_id, config.prices)
+    account.hold_gpus(ranks.world_size * config.gpus_per_worker, time.time() - psutil.Process().create_time())
+    return account
+
+
+def _enter_use(
+    account: Account | None,
+    ranks: Ranks,
+    num_samples: int,
+    done: tuple[str, int, float] | None = None,
+    *,
+    is_last: bool = False,
+) -> None:
+    """Add up what all ranks have used since they last met here, and enter it: `done` is a kind of work, how many units
+    of it, and the wall seconds that they took."""
+    names = ("cpu_seconds", "bytes_read", "bytes_written")
+    own = process_use.report()
+    used = torch.tensor([own[name] for name in names], dtype=torch.float64)
+    ranks.sum_(used)
+    if account is not None:
+        cpu_seconds, num_read, num_written = used.tolist()
+        of_all = {"cpu_seconds": cpu_seconds, "bytes_read": int(num_read), "bytes_written": int(num_written)}
+        work = {done[0]: [float(done[1]), done[2], cpu_seconds]} if done is not None else {}
+        account.add(num_samples, [own | of_all | {"work": work}])
+        if is_last:
+            account.write()
 
 
 def _too_many_skipped(

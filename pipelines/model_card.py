@@ -26,6 +26,7 @@ from nexusgen.errors import InputError, ResourceError
 from nexusgen.model.manifest import Manifest, demo_base, read_manifest
 from nexusgen.schema import MANIFEST_NAME
 from pipelines import embedded, storage
+from pipelines.accounting import Usage, account_uri, read_attempts, usage_of
 from pipelines.tracking import redact
 
 CARD_NAME = "README.md"
@@ -68,6 +69,7 @@ class CardFacts:
     evaluations: Sequence[Mapping[str, Any]]  # scores.json of each suite
     base_evaluations: Mapping[str, Mapping[str, Any]]  # of the base model, by suite
     gate: Mapping[str, str]  # what was said, by alias
+    usage: Mapping[str, Usage]  # by job: of all attempts that made what this model is made of; none if unknown
 
 
 def collect(storage_uri: str, version: str, folder: str, base_fingerprint: str, gate: Mapping[str, str]) -> CardFacts:
@@ -96,7 +98,53 @@ def collect(storage_uri: str, version: str, folder: str, base_fingerprint: str, 
         evaluations=list(_evaluations(storage_uri, manifest.fingerprint)),
         base_evaluations={one["suite"]: one for one in _evaluations(storage_uri, base_fingerprint) if "suite" in one},
         gate=gate,
+        usage=_usage(storage_uri, manifest, names),
     )
+
+
+def _usage(storage_uri: str, manifest: Manifest, names: Iterable[str]) -> dict[str, Usage]:
+    """What each job of the lineage has used, by the accounts in the storage."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    packed: set[str] = set()
+    for name in names:
+        of, _, mode = name.rpartition("/")
+        try:
+            data = embedded.read_manifest(storage_uri, of, mode)  # type: ignore[arg-type]
+        except (InputError, ResourceError):
+            continue
+        recipe = f"{data.config_hash} {data.fingerprint}"
+        attempts = read_attempts(account_uri(storage_uri, "embed", of, mode))
+        found[f"embed {name}"] = [one for one in attempts if one["recipe"] == recipe]
+        packed |= {storage.name_of(shard.uri.rpartition("/")[0]) for shard in data.shards}
+    for project in sorted(packed):
+        # The last recipe is that of the tars that lie there.
+        attempts = read_attempts(account_uri(storage_uri, "pack", project))
+        found[f"pack {project}"] = [one for one in attempts if one["recipe"] == attempts[-1]["recipe"]]
+    project = manifest.lineage.get("project", UNKNOWN)
+    for stage, made in manifest.lineage.get("stages", {}).items():
+        uri = made["checkpoint"].rstrip("/").rpartition("/")[0]
+        attempts = read_attempts(account_uri(storage_uri, "train", *uri.split("/")[-2:]))
+        found[f"train {stage}"] = [one for one in attempts if one["run_id"] == made["run_id"]]
+    for fingerprint, run_id in _versions(storage_uri, manifest):
+        attempts = read_attempts(account_uri(storage_uri, "register", project))
+        recipes = {one["recipe"] for one in attempts if one["run_id"] == run_id}
+        found.setdefault("register", []).extend(one for one in attempts if one["recipe"] in recipes)
+        evaluated = read_attempts(account_uri(storage_uri, "evaluate", fingerprint))
+        found.setdefault("evaluate", []).extend(evaluated)
+    return {job: usage_of(attempts) for job, attempts in found.items() if attempts}
+
+
+def _versions(storage_uri: str, manifest: Manifest) -> Iterable[tuple[str, str]]:
+    """Fingerprint and register run of a model, and of those that it was trained on."""
+    seen: set[str] = set()
+    while manifest.fingerprint not in seen:
+        seen.add(manifest.fingerprint)
+        yield manifest.fingerprint, manifest.lineage.get("register_run_id", "")
+        base = manifest.lineage.get("base_fingerprint")
+        content = storage.find_json(storage.join(storage_uri, "models", str(base), MANIFEST_NAME))
+        if content is None:
+            return
+        manifest = Manifest.model_validate(content)
 
 
 def _evaluations(storage_uri: str, fingerprint: str) -> Iterable[Mapping[str, Any]]:
@@ -176,6 +224,7 @@ def render(facts: CardFacts, is_short: bool = False) -> str:
         _licence_notes(facts),
         _data(facts),
         _limits(facts),
+        _costs(facts),
         *([] if is_short else [_stages(facts), _configurations(facts)]),
     ]
     text = "\n\n".join(part for part in parts if part) + "\n"
@@ -307,6 +356,25 @@ def _limits(facts: CardFacts) -> str:
             "- It has no editing decoder: it edits with the generation decoder, which sees little of the original."
         )
     return "\n".join(lines)
+
+
+def _costs(facts: CardFacts) -> str:
+    """What all jobs together have used, over all restarts."""
+    if not facts.usage:
+        return ""
+
+    def row(job: str, usage: Usage) -> list[str]:
+        values = (usage.cpu_seconds / 3600, usage.gpu_seconds / 3600)
+        sizes = (usage.bytes_read / 1e9, usage.bytes_written / 1e9)
+        cost = "" if usage.cost_usd is None else f"{usage.cost_usd:,.2f}"
+        numbers = [*(f"{value:,.3f}" for value in values), f"{usage.samples:,}", *(f"{size:,.3f}" for size in sizes)]
+        return [job, *numbers, cost]
+
+    rows = [row(job, usage) for job, usage in facts.usage.items()]
+    rows.append(row("all", sum(facts.usage.values(), Usage())))
+    header = ["job", "CPU hours", "GPU hours", "samples", "GB read", "GB written", "US dollars"]
+    told = "Of the jobs that made it, restarts included; dollars only of jobs whose prices were configured."
+    return f"## What it took\n\n{told}\n\n{_table(header, rows)}"
 
 
 def _stages(facts: CardFacts) -> str:

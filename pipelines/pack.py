@@ -37,7 +37,8 @@ from nexusgen import shapes
 from nexusgen.config import Config, dump_config
 from nexusgen.errors import ConfigError, InputError, SampleError
 from nexusgen.schema import QUARANTINE_SCHEMA, TASKS, QuarantineRow, Task
-from pipelines import embedded, storage, tracking
+from pipelines import embedded, process_use, storage, tracking
+from pipelines.accounting import Account, Prices, account_uri
 from pipelines.pack_sources import (
     JsonlSource,
     Keys,
@@ -64,7 +65,7 @@ MAX_LISTED_INPUTS = 100  # files that MLflow is told of; run.json lists all
 _OWN_NAME = re.compile(rf"(samples-\d{{6}}|({'|'.join(TASKS)})-\d{{5}})\d*")
 Format = Literal["demo_world", "jsonl", "pairs", "parquet"]
 
-_SHARED_KEYS = {"storage", "name", "format", "samples_per_shard"}
+_SHARED_KEYS = {"storage", "name", "format", "samples_per_shard", "prices"}
 _INPUT_KEYS = {"input", "shard_bytes", "max_quarantine_fraction"}
 _KEYS: dict[Format, set[str]] = {
     "demo_world": {"counts", "start", "seed", "image_size"},
@@ -85,6 +86,7 @@ class PackConfig(Config):
     name: str
     format: Format = "demo_world"
     samples_per_shard: int = Field(default=1000, ge=1)
+    prices: Prices | None = None  # what an hour costs: then the job's run tells its cost
     # format demo_world
     counts: dict[Task, int] = Field(default_factory=_default_counts)
     start: int = Field(default=0, ge=0)  # number of the first sample; sample i depends on (seed, task, i) alone
@@ -135,9 +137,13 @@ def pack(config: PackConfig, parent_run_id: str | None = None) -> JobReport:
             with tracking.job_run(
                 config.storage, config.name, "pack", dump_config(config), parent=parent_run_id
             ) as run:
+                account = Account(
+                    account_uri(config.storage, "pack", config.name), run.run_id, work.recipe, config.prices, meter
+                )
                 try:
-                    work.write()
+                    work.write(account)
                 finally:
+                    account.write()
                     run.log_metrics(work.metrics())
                     run.log_text(work.quarantine_report(), "quarantine.txt")
                 for uri in _stale_files(folder, work.names):
@@ -147,6 +153,7 @@ def pack(config: PackConfig, parent_run_id: str | None = None) -> JobReport:
                 run.log_text(json.dumps(work.entries, indent=1), "shards.json")
                 storage.write_bytes_atomic(storage.join(folder, "config.yaml"), dump_config(config).encode())
                 storage.write_json(storage.join(folder, RECORD_NAME), {"run_id": run.run_id, **_lineage(work)})
+                run.log_metrics(account.finish().metrics())
                 report = _report(meter, folder, work, reused=False)
                 run.log_report(report)
     return report
@@ -169,12 +176,18 @@ class _Work(ABC):
         """Take the shards that are there and made from the same recipe. Gives whether that is all of them."""
 
     @abstractmethod
-    def write(self) -> None:
-        """Write the others."""
+    def write(self, account: Account) -> None:
+        """Write the others, and enter what that takes."""
 
     @abstractmethod
     def close(self) -> None:
         """Let go of files and threads."""
+
+    @property
+    def recipe(self) -> str:
+        """Names what is packed from what."""
+        own = self.config.model_dump(exclude={"storage", "name", "prices", "max_quarantine_fraction"})
+        return _digest([LAYOUT_VERSION, own, self.inputs])
 
     @property
     def entries(self) -> list[dict[str, Any]]:
@@ -298,14 +311,16 @@ class _World(_Work):
         self._entries = {name: self._finished(name, self._recipe(span)) for name, span in self._spans.items()}
         return None not in self._entries.values()
 
-    def write(self) -> None:
+    def write(self, account: Account) -> None:
         todo = [name for name, entry in self._entries.items() if entry is None]
         for name in todo:
+            started = process_use.clock()
             task, start, count = span = self._spans[name]
             with closing(_Tar()) as tar:
                 for sample in shapes.training_samples(task, start, count, self.config.seed, self.config.image_size):
                     tar.add(sample.key, _drawn_members(sample))
                 self._enter(name, self._recipe(span), tar, task=task)
+            account.add(count, [process_use.report(process_use.work_since(started, "samples", count))])
             self._show(name, self.num_samples, is_last=name == todo[-1])
 
     def close(self) -> None:
@@ -362,12 +377,15 @@ class _Files(_Work):
             self._check()
         return self._is_done
 
-    def write(self) -> None:
+    def write(self, account: Account) -> None:
         while not self._is_done:
             if self._take():
                 self._forget_stream()
             else:
+                started, num_before = process_use.clock(), self.num_new
                 self._write_shard()
+                num_packed = self.num_new - num_before
+                account.add(num_packed, [process_use.report(process_use.work_since(started, "samples", num_packed))])
         self._check()
 
     def close(self) -> None:
@@ -389,7 +407,7 @@ class _Files(_Work):
 
     def _next(self) -> tuple[str, str]:
         """Name and recipe of the next shard."""
-        own = self.config.model_dump(exclude={"storage", "name", "input", "max_quarantine_fraction"})
+        own = self.config.model_dump(exclude={"storage", "name", "input", "prices", "max_quarantine_fraction"})
         return f"samples-{len(self._entries):06d}", _digest([LAYOUT_VERSION, own, self.inputs, astuple(self._place)])
 
     def _write_shard(self) -> None:
@@ -426,6 +444,7 @@ class _Files(_Work):
                 if tar.num_samples and not self._has_room(tar, record.key, members):
                     self._waiting = (record, content)
                     return end, False, keys
+                process_use.count_read(sum(map(len, members.values())))
                 keys.append(self._keys.take(record.key))
                 tar.add(keys[-1], members)
             end = record.end

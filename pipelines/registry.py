@@ -42,7 +42,8 @@ from nexusgen.errors import ConfigError, FingerprintError, GateError, InputError
 from nexusgen.model.manifest import Manifest, demo_base, read_manifest
 from nexusgen.schema import MANIFEST_NAME
 from nexusgen.statistics import Interval
-from pipelines import checkpoint, gate, model_card, storage, tracking
+from pipelines import checkpoint, gate, model_card, process_use, storage, tracking
+from pipelines.accounting import Account, Prices, account_uri
 from pipelines.checkpoint import Checkpoint
 from pipelines.lora import ADAPTER_FILE, ADAPTER_RECORD, AdapterRecord, LoraConfig, merge_file
 from pipelines.runtime import CpuMeter, JobReport
@@ -86,6 +87,7 @@ class RegisterConfig(Config):
     generation_decoder: str | None = "latest"
     editing_decoder: str | None = None  # learned from the predictions of the base's language model: then ar is null
     adapter: Literal["merge", "keep"] = "merge"  # of a LoRA training: into the weights, or beside its base's name
+    prices: Prices | None = None  # what an hour costs: then the job's run tells its cost
 
 
 class PromoteConfig(Config):
@@ -127,6 +129,9 @@ def register(config: RegisterConfig, parent_run_id: str | None = None) -> JobRep
         with tracking.job_run(
             config.storage, config.name, "register", dump_config(config), parent=parent_run_id
         ) as run:
+            uri = account_uri(config.storage, "register", config.name)
+            account = Account(uri, run.run_id, recipe, config.prices, meter)
+            account.write()
             lineage = _lineage(config, base_manifest, trained) | {"register_run_id": run.run_id}
             fingerprint = _publish(config, base, trained, lineage)
             run.set_tags({tracking.TAG_FINGERPRINT: fingerprint})
@@ -138,6 +143,7 @@ def register(config: RegisterConfig, parent_run_id: str | None = None) -> JobRep
             if version is None:
                 tags = _version_tags(config, fingerprint, recipe, run.run_id, lineage["stages"])
                 version = _create_version(client, config.storage, fingerprint, run.run_id, tags)
+            run.log_metrics(account.finish().metrics())
             _write_card(client, config.storage, version)
             report = _register_report(meter, config.storage, version, reused=is_known, run_id=run.run_id)
             run.log_report(report)
@@ -461,6 +467,9 @@ def _publish(config: RegisterConfig, base: Path, trained: dict[str, Checkpoint],
                 digest=storage.file_digest(adapter),
             )
             _keep_adapter(out, base, adapter, record)
+        process_use.count_read(_num_bytes(base))
+        if models is not None:  # an upload counts itself
+            process_use.count_written(_num_bytes(out))
         (out / "config.yaml").write_text(dump_config(config), encoding="utf-8")
         run = {"run_id": lineage["register_run_id"], "inputs": [{"uri": found.uri} for found in trained.values()]}
         (out / "run.json").write_text(json.dumps(run, indent=2), encoding="utf-8")
@@ -472,6 +481,10 @@ def _publish(config: RegisterConfig, base: Path, trained: dict[str, Checkpoint],
         else:
             storage.upload_folder(out, target)
     return manifest.fingerprint
+
+
+def _num_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _keep_adapter(out: Path, base: Path, adapter: Path, record: AdapterRecord) -> None:
@@ -594,7 +607,7 @@ def _create_version(
 
 def _store_as_artifacts(client: MlflowClient, folder: Path, run_id: str, storage_uri: str) -> str:
     """Copy a small model into the run's artefacts, since a server refuses to refer to a local folder."""
-    num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    num_bytes = _num_bytes(folder)
     if num_bytes > MAX_ARTIFACT_BYTES:
         raise ConfigError(
             f"the tracking server {tracking.redact(client.tracking_uri)} can't refer to a model in the local storage "

@@ -188,6 +188,22 @@ class CpuMeter:
         with self._lock:
             return sum(used - self._at_start.get(process, 0.0) for process, used in self._last_seen.items())
 
+    def refresh(self) -> None:
+        """Take a sample now."""
+        self._sample()
+
+    def covers(self, host: str, pid: int) -> bool:
+        """Whether the CPU seconds of a process, by the name of its machine and its number, are among those measured."""
+        if host != socket.gethostname():
+            return False
+        with self._lock:
+            is_known = any(pid == known for known, _ in self._known)
+        if is_known:
+            return True
+        self._sample()  # it may be younger than the last sample
+        with self._lock:
+            return any(pid == known for known, _ in self._known)
+
     def _watch(self) -> None:
         while not self._stop.wait(CPU_SAMPLE_S):
             self._sample()

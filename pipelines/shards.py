@@ -51,7 +51,7 @@ from nexusgen.messages import (
     validate_messages,
 )
 from nexusgen.schema import Message, QuarantineRow, Sample
-from pipelines import storage
+from pipelines import process_use, storage
 
 MAX_MEMBER_BYTES = 256 << 20
 MAX_TEXT_BYTES = 4 << 20  # of a json or text member: room for the longest conversation and much metadata
@@ -637,6 +637,7 @@ class ShardReader:
                 yield from self._read(_open_tar(stream))
                 self.digest = stream.drain()
                 self.num_bytes = stream.num_bytes
+                process_use.count_read(stream.num_bytes)
         except (OSError, InputError, UnicodeError) as error:  # the last for a file's name that isn't UTF-8
             yield self._row("tar_unreadable", str(error))
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 from nexusgen.errors import FingerprintError, NexusgenError
 from nexusgen.model.manifest import read_manifest
 from nexusgen.schema import QUARANTINE_SCHEMA, EmbedMode
-from pipelines import embedded, storage, takedowns
+from pipelines import embedded, process_use, storage, takedowns
 from pipelines.registry import resolve_model
 from pipelines.slices import Slice, failure
 
@@ -68,20 +68,25 @@ class SliceEncoder:
         entries = []
         for data in batch.column("items").to_pylist():
             for item in pickle.loads(data):  # our own reader's bytes, never the shard's
+                work: process_use.Work = {}
                 try:
-                    entry = self._encode(item) if isinstance(item, Slice) else item
+                    entry, work = self._encode(item) if isinstance(item, Slice) else (item, work)
                 except NexusgenError as error:
                     entry = failure(error)
-                entries.append(json.dumps(entry))
+                uses = [*entry.get("uses", ()), process_use.report(work)]
+                entries.append(json.dumps(entry | {"uses": uses}))
         return pa.table({"entry": pa.array(entries, pa.string())})
 
-    def _encode(self, item: Slice) -> dict[str, Any]:
+    def _encode(self, item: Slice) -> tuple[dict[str, Any], process_use.Work]:
+        """A slice's entry, and the work that was done for it."""
         known = storage.find_json(storage.join(self.plan.folder, embedded.ENTRIES_FOLDER, f"{item.name}.json"))
         if known is not None and is_current(self.plan, item, known):
-            return known | {"is_reused": True}
+            return known | {"is_reused": True}, {}
         if self.encoder is None:
             self.encoder = self._load()
-        return write_slice(self.plan, item, self.encoder, self.tokenizer, self.geometry)
+        started = process_use.clock()
+        entry = write_slice(self.plan, item, self.encoder, self.tokenizer, self.geometry)
+        return entry, process_use.work_since(started, "samples", len(item.samples) + len(item.rejected))
 
     def _load(self) -> Encoder:
         # Imported here: the driver names this class, but has no need of torch, whose import takes seconds.

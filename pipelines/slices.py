@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from nexusgen.errors import InputError, NexusgenError
 from nexusgen.schema import QuarantineRow, Sample
-from pipelines import storage
+from pipelines import process_use, storage
 from pipelines.shards import ReadOptions, ShardReader, stem_of
 
 
@@ -131,9 +131,14 @@ def read_shards(batch: pa.Table, rules: SliceRules) -> Iterator[pa.Table]:
     for shard in batch.column("shard").to_pylist():
         try:
             for items in read_slices(shard, rules):
-                yield _packed(items)
+                yield _packed(tuple(item if isinstance(item, Slice) else _with_report(item) for item in items))
         except NexusgenError as error:
             yield _packed((failure(error),))
+
+
+def _with_report(end: dict[str, Any]) -> dict[str, Any]:
+    """The end of a shard, with what its reader has used; see `accounting.py`."""
+    return end | {"uses": [process_use.report()]}
 
 
 def failure(error: NexusgenError) -> dict[str, Any]:

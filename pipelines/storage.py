@@ -39,6 +39,7 @@ from pyarrow import fs
 
 from nexusgen.errors import InputError, ResourceError
 from nexusgen.schema import MANIFEST_NAME
+from pipelines import process_use
 
 log = logging.getLogger(__name__)
 
@@ -289,9 +290,11 @@ def read_bytes(uri: str) -> bytes:
     """The whole content of a file. Raises: InputError if it can't be read; ResourceError if no store answers."""
     try:
         with open_input(uri) as stream:
-            return bytes(stream.read())
+            data = bytes(stream.read())
     except OSError as error:
         raise InputError(f"cannot read {uri}: {error}") from None
+    process_use.count_read(len(data))
+    return data
 
 
 def write_bytes_atomic(uri: str, data: bytes | pa.Buffer) -> None:
@@ -299,6 +302,7 @@ def write_bytes_atomic(uri: str, data: bytes | pa.Buffer) -> None:
     try:
         if is_remote(uri):
             _retry(f"cannot write {uri}", lambda: _put(uri, data))
+            process_use.count_written(_num_bytes(data))
             return
         target = local_path(uri)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -311,10 +315,15 @@ def write_bytes_atomic(uri: str, data: bytes | pa.Buffer) -> None:
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
+        process_use.count_written(_num_bytes(data))
     except OSError as error:
         raise ResourceError(
             f"cannot write {uri}: {error.strerror or error}; check the path, its rights and the space"
         ) from (error)
+
+
+def _num_bytes(data: bytes | pa.Buffer) -> int:
+    return data.size if isinstance(data, pa.Buffer) else len(data)
 
 
 def write_json(uri: str, value: Mapping[str, Any]) -> None:
@@ -355,6 +364,30 @@ def list_sizes(uri: str, *, recursive: bool = False) -> dict[str, int]:
     sizes = {info.path: int(info.size or 0) for info in infos if info.type == fs.FileType.File}
     prefix = f"{uri.partition('://')[0]}://" if is_remote(uri) else ""
     return {prefix + path: sizes[path] for path in sorted(sizes) if not _TEMPORARY.fullmatch(name_of(path))}
+
+
+def list_stats(uri: str) -> dict[str, FileStat]:
+    """All files below a folder with size and time of change, temporary ones among them; none if there is no folder.
+
+    Raises: as `list_sizes`.
+    """
+    filesystem, path = open_filesystem(uri)
+    selector = fs.FileSelector(path, allow_not_found=True, recursive=True)
+    try:
+        infos = _retry(f"cannot list {uri}", lambda: filesystem.get_file_info(selector))
+    except OSError as error:
+        raise InputError(f"cannot list {uri}: {error}") from None
+    prefix = f"{uri.partition('://')[0]}://" if is_remote(uri) else ""
+    return {
+        prefix + info.path: FileStat(int(info.size or 0), int(info.mtime_ns or 0))
+        for info in sorted(infos, key=lambda info: info.path)
+        if info.type == fs.FileType.File
+    }
+
+
+def is_temporary(uri: str) -> bool:
+    """Whether a file bears the name of a write that is under way, or was when its process died."""
+    return _TEMPORARY.fullmatch(name_of(uri)) is not None
 
 
 def remove_temporary(uri: str, before_ns: int) -> None:
@@ -479,6 +512,7 @@ def _download_folder(uri: str, target: Path) -> int:
     with ThreadPoolExecutor(NUM_PARALLEL_RANGES) as pool:
         list(pool.map(lambda of_file: _download_range(of_file[0], paths[of_file[0]], *of_file[1:]), ranges))
         list(pool.map(_sync, paths.values()))
+    process_use.count_read(needed)
     return needed
 
 
@@ -514,6 +548,7 @@ def _upload(file: Path, uri: str) -> None:
     # pyarrow maps no empty file.
     data = pa.memory_map(str(file)).read_buffer() if file.stat().st_size else b""
     _retry(f"cannot write {uri}", lambda: _put(uri, data))
+    process_use.count_written(file.stat().st_size)
 
 
 def put_in_place(staging: Path, target: Path) -> None:

@@ -78,6 +78,12 @@ METRICS = {
     "data/int8_mse": "mean squared error of stored int8 embeddings",
     "job/seconds": "wall seconds of the job",
     "job/cpu_seconds": "CPU seconds of the job's processes on this machine",
+    "job/cpu_hours": "CPU hours of driver and workers, on all machines, over all restarts; of a training its workers'",
+    "job/gpu_hours": "GPUs that were allocated x hours, over all restarts",
+    "job/samples": "samples worked on, over all restarts; of a training also those of steps that were repeated",
+    "job/bytes_read": "bytes of artefacts (tars, rows, checkpoints, models) that were read, over all restarts",
+    "job/bytes_written": "bytes of artefacts that were written, over all restarts",
+    "job/cost_usd": "US dollars, by the configuration's `prices`; only where it has them",
 }
 
 TAG_JOB = "nexusgen.job"

@@ -25,6 +25,7 @@ from nexusgen.flow_matching import LevelDensity
 from nexusgen.model.manifest import Manifest, read_manifest
 from nexusgen.schema import Task
 from pipelines import checkpoint, storage, tracking
+from pipelines.accounting import Prices, account_uri, finish_account
 from pipelines.batches import SHUFFLE_BYTES, BatchRule, Plan, check_world_size
 from pipelines.checkpoint import Checkpoint
 from pipelines.exported import Exporter
@@ -94,6 +95,7 @@ class TrainConfig(Config):
     checkpoint_every: int = Field(default=500, ge=1)  # steps; the last step always has one
     keep_checkpoints: int = Field(default=2, ge=1)  # so many of the last, and the best on held-out samples
     log_every: int = Field(default=10, ge=1)  # steps
+    prices: Prices | None = None  # what an hour costs: then the job's run tells its cost
     dry_run: bool = False  # tell what it takes, and start nothing
     fresh: bool = False  # start over even if a training of this name and stage can be resumed
 
@@ -176,6 +178,7 @@ _FREE_KEYS = {
     "validation_samples",
     "checkpoint_every",
     "log_every",
+    "prices",
     "dry_run",
     "fresh",
 }
@@ -237,6 +240,8 @@ def train(config: TrainConfig, parent_run_id: str | None = None) -> JobReport:
             progress = json.loads(storage.read_bytes(storage.join(place, "progress.json")))
             resumed_from = found.meta.step if found is not None else 0
             report = _report(meter.seconds, progress["cpu_seconds"], done, resumed_from)
+            uri = account_uri(config.storage, "train", config.name, config.stage)
+            run.log_metrics(finish_account(uri, run.run_id).metrics())
             run.log_report(report)
         return report
 
