@@ -12,12 +12,14 @@ from jobs import (
     embed,
     evaluate,
     export,
+    gc,
     generate,
     import_model,
     inspect,
     jobs,
     make_base,
     pack,
+    plan,
     promote,
     register,
     reproduce,
@@ -33,6 +35,7 @@ from jobs.command import main as run_command
 COMMANDS = (
     demo,
     road,
+    plan,
     pack,
     inspect,
     embed,
@@ -52,6 +55,7 @@ COMMANDS = (
     verify,
     reproduce,
     make_base,
+    gc,
 )
 
 
