@@ -58,7 +58,7 @@ def test_the_full_size(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_a_configuration_says_counts(capsys: pytest.CaptureFixture[str]) -> None:
     wanted = [str(FULL_SIZE), "--samples", "1000000", "--gpus", "8xH200"]
     _, plain, _ = plan(capsys, *wanted)
-    _, other, _ = plan(capsys, *wanted, "embed_vision.dtype=int8", "train_ar.num_steps=1232000", "pack.name=x")
+    _, other, _ = plan(capsys, *wanted, "embed_vision.dtype=int8", "train_ar.num_steps=1232000")
     target, smaller = (
         next(row["bytes"] for row in found["storage"] if row["kind"] == "vision/target") for found in (plain, other)
     )
