@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -65,8 +66,7 @@ def exported_names() -> set[str]:
     for one in exported.ALL:
         parts = ("_bucket", "_sum", "_count") if one.kind == "histogram" else ("",)
         names |= {f"ray_{one.name}{part}" for part in parts}
-    loop = dict.fromkeys(("requests", "steps", "step_s", "batch_sum", "queue_s", "first_events", "first_event_s"), 0)
-    replica = {"pid": 1, "requests": 0, "waiting": 0, "loops": [{**loop, "units": {"token": 1}}]}
+    replica = defaultdict(int, pid=1, loops=[defaultdict(int, units={"token": 1})])  # every count is there, and 0
     door = Metrics()
     door.requests.labels("/", "200").inc()
     for histogram in (door.seconds, door.first_event):
