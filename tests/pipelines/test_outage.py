@@ -172,7 +172,7 @@ def test_every_step_of_an_outage_is_in_mlflow_afterwards(tmp_path: Path) -> None
     train_metrics = {name for name in outage.logged if name.startswith("train/")}
     assert {"train/loss", "train/ce", "train/mse", "train/cosine", "train/grad_norm", "train/lr"} <= train_metrics
     assert outage.differing == []  # those of validation, too
-    for name in train_metrics:
+    for name in train_metrics - {"train/checkpoint_s"}:  # which only some steps have
         assert [step for step, _, _ in outage.logged[name]] == list(range(1, outage.num_steps + 1)), name
     assert outage.missing_steps == set()
     assert outage.has_report
