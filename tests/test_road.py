@@ -232,5 +232,5 @@ def test_champion_answers_over_http(url: str, report: dict[str, Any], folder: Pa
 
 def test_the_storage_holds_what_it_should(report: dict[str, Any], folder: Path) -> None:
     found = {path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "ml"))}
-    assert found == {"tars", "embedded", "checkpoints", "models", "evaluations", "roads"}
+    assert found == {"tars", "embedded", "checkpoints", "models", "evaluations", "roads", "accounts"}
     assert tracking.mlflow_uri(str(folder)) == report["mlflow"]

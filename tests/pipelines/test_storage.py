@@ -389,7 +389,8 @@ def test_a_large_file_is_read_by_several_ranges_at_once(
         folder = storage.fetch_folder(uri)
     assert_same_files(folder, source)
     ranges = [of_range for path, of_range in faulty.reads if path.endswith("/part/weights")]
-    assert len(ranges) == len(set(ranges)) == 5 * 4 + 1  # a quarter of a range at a time, through one buffer
+    # A quarter of a range at a time, through one buffer; a read that breaks off adds one.
+    assert len(ranges) == len(set(ranges)) >= 5 * 4 + 1
     print(f"{faulty.most_reads_at_once} at once; {caplog.messages[-1]}")
     assert faulty.most_reads_at_once >= 4
     told = rf"{uri}: 0\.005 GB fetched in \d+\.\d s, \d+ MB/s; checked and in place after \d+\.\d s"
