@@ -54,7 +54,7 @@ NO_SPIKES = 1e9  # max_gradient_ratio of arms that take every step
 # What a training's configuration says about where and when, not about what is computed.
 _IDLE_KEYS = {
     "storage", "name", "model", "data", "dry_run", "fresh", "log_every", "checkpoint_every", "keep_checkpoints",
-    "max_restarts", "max_skipped_steps", "prices", "cpus_per_worker", "threads_per_worker", "gpus_per_worker",
+    "max_restarts", "max_skipped_steps", "cpus_per_worker", "threads_per_worker", "gpus_per_worker",
 }  # fmt: skip
 
 
