@@ -41,8 +41,11 @@ def with_editing_decoder(base: Path, folder: Path, seed: int = 0) -> Path:
 
 
 def cut_short(folder: Path) -> Path:
-    """Damage a model folder: half of its generation decoder's weights is missing."""
-    (path,) = (folder / "decoders" / "generation" / "transformer").glob("*.safetensors")
+    """Damage a model folder: half of its language model's weights is missing.
+
+    Of a part that is in memory already, as another version has the same one, no file would be read.
+    """
+    (path,) = (folder / "autoregressive").glob("*.safetensors")
     os.truncate(path, path.stat().st_size // 2)
     return folder
 
