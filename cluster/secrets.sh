@@ -20,7 +20,7 @@ put() { # NAME CONTENT
 }
 
 for name in ray_token api_key postgres_password grafana_password; do put "$name" "$(random)"; done
-put mlflow.env "MLFLOW_BACKEND_STORE_URI=postgresql://mlflow:$(cat postgres_password)@postgres:5432/mlflow
+put mlflow.env "MLFLOW_BACKEND_STORE_URI=postgresql+psycopg2://mlflow:$(cat postgres_password)@postgres:5432/mlflow
 "
 put nexusgen.env "NEXUSGEN_API_KEYS=$(cat api_key)
 AWS_ACCESS_KEY_ID=nexusgen

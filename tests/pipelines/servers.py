@@ -58,7 +58,7 @@ def postgres_server(port: int) -> Iterator[str]:
                 assert server.poll() is None, Path(name, "log").read_text()
                 assert time.monotonic() < deadline, "PostgreSQL doesn't start"
                 time.sleep(0.2)
-            yield f"postgresql://mlflow@127.0.0.1:{port}/postgres"
+            yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
         finally:
             server.send_signal(signal.SIGQUIT)  # at once, with all its processes
             server.wait()
