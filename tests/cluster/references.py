@@ -19,6 +19,7 @@ import ray
 import yaml
 from manifests import CLUSTER, OVERLAYS, ROOT
 from ray._private import ray_constants
+from sqlalchemy.engine import make_url
 
 from jobs import cli
 from nexusgen import __version__
@@ -322,7 +323,11 @@ def wrong_files(cluster: Path = CLUSTER) -> Iterator[str]:
 
 
 def wrong_versions(cluster: Path = CLUSTER) -> Iterator[str]:
-    """Ray's version in the manifests is the one that is installed."""
+    """Ray's version in the manifests is the one that is installed, and so is the database's driver in its image."""
+    database = manifests.made_secrets(cluster)["secrets/mlflow.env"].partition("MLFLOW_BACKEND_STORE_URI=")[2].strip()
+    driver = make_url(database).get_driver_name()
+    if not re.search(rf"\b{driver}\b", (cluster / "Dockerfile").read_text()):
+        yield f"secrets/mlflow.env: SQLAlchemy opens this URI by {driver}, which the Dockerfile doesn't install"
     for overlay in OVERLAYS:
         for resource in manifests.kustomized(overlay, cluster):
             if resource["kind"] in manifests.CLUSTER_SPECS:

@@ -46,6 +46,7 @@ MISTAKES = [
     (wrong_files, "compose.yaml", "./grafana/dashboards", "./grafana/boards", "./grafana/boards"),
     (wrong_files, "compose.yaml", "secrets: [api_key]", "secrets: [ray_token]", "secret api_key"),
     (wrong_files, "kuberay/base/ray-job.yaml", "name: nexusgen-environment", "name: nexusgen-env", "nexusgen-env"),
+    (wrong_versions, "secrets.sh", "postgresql+psycopg2://", "postgresql://", "by psycopg,"),
     (wrong_versions, "kuberay/base/ray-service.yaml", "rayVersion: 2.60.0", "rayVersion: 2.59.0", "2.59.0"),
 ]
 
