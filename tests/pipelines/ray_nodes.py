@@ -80,6 +80,7 @@ class Nodes:
         name = f"worker-{len(self.workers)}-{time.monotonic():.0f}"
         address = f"--address=127.0.0.1:{self.port}"
         self.workers.append(self._start(name, address, f"--num-cpus={self._worker_cpus}"))
+        self._worker_name = name
 
     def wait_for_workers(self) -> None:
         """Wait until all nodes have joined; one that Ray gave up is started again, once."""
@@ -87,7 +88,7 @@ class Nodes:
             for is_last in (False, True):
                 if self._comes_up(2 + number, self.workers[number], "a worker"):
                     break
-                assert not is_last, "a worker node ends by itself; see its log beside the head's"
+                assert not is_last, self.log(self._worker_name)
                 kill_tree(self.workers.pop(number))
                 self.start_worker()
 
