@@ -137,6 +137,7 @@ class NodeKiller(threading.Thread):
             pass
         while len(self.killed_at) < self._most and not self.is_over.wait(self._every_s):
             nodes = self._place.nodes
+            nodes.replace_ended()  # Ray gives up a start that takes 30 s, as one can on a busy machine
             self.killed_at.append(time.monotonic())
             nodes.kill_worker(self._chance.randrange(len(nodes.workers)))
             nodes.start_worker()
@@ -190,6 +191,7 @@ def walk(place: Site, name: str, num_steps: int) -> Walk:
     while len(codes) < MAX_ATTEMPTS and (not codes or codes[-1]):
         deadline = time.monotonic() + CLUSTER_PATIENCE_S
         while place.nodes.num_alive() <= NUM_WORKER_NODES and time.monotonic() < deadline:
+            place.nodes.replace_ended()
             time.sleep(POLL_S)  # a person would wait for the nodes, too
         code, made, log = place.submit("road", DEMO_CONFIGS / "road.yaml", *settings(name, num_steps))
         print(f"{name}: attempt {len(codes) + 1} ({made.get('id')}) ended with {code}", file=sys.stderr, flush=True)

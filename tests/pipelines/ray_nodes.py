@@ -13,6 +13,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -23,6 +24,7 @@ import psutil
 from servers import free_port
 
 NODE_PATIENCE_S = 300.0
+MOST_STARTS_AGAIN = 4  # Ray gives its own processes 30 s to find each other, which a busy machine exceeds
 OBJECT_STORE_BYTES = 150_000_000
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
 
@@ -38,6 +40,8 @@ class Nodes:
         self.token_path.write_text(secrets.token_hex(32), encoding="utf-8")
         self.head: subprocess.Popen[bytes] | None = None
         self.workers: list[subprocess.Popen[bytes]] = []
+        self._worker_name = ""  # of the newest
+        self._lock = threading.Lock()
         self._worker_cpus = worker_cpus
         # Short: a socket's path has at most 107 characters.
         self._scratch = tempfile.TemporaryDirectory(prefix="nodes-", ignore_cleanup_errors=True)
@@ -60,7 +64,7 @@ class Nodes:
     def start_head(self) -> None:
         """Start the head, which runs drivers alone, and wait until it is one of its cluster's nodes.
 
-        Ray gives its own processes 30 s to find each other; on a busy machine that is tried again.
+        On a busy machine that is tried again.
         """
         for is_last in (False, False, True):
             self.head = self._start(
@@ -82,15 +86,24 @@ class Nodes:
         self.workers.append(self._start(name, address, f"--num-cpus={self._worker_cpus}"))
         self._worker_name = name
 
-    def wait_for_workers(self) -> None:
-        """Wait until all nodes have joined; one that Ray gave up is started again, once."""
-        for number in range(len(self.workers)):
-            for is_last in (False, True):
-                if self._comes_up(2 + number, self.workers[number], "a worker"):
-                    break
-                assert not is_last, self.log(self._worker_name)
-                kill_tree(self.workers.pop(number))
+    def replace_ended(self) -> int:
+        """Start another node for each that ended by itself; gives their number."""
+        with self._lock:
+            ended = [process for process in self.workers if process.poll() is not None]
+            for process in ended:
+                self.workers.remove(process)
                 self.start_worker()
+        return len(ended)
+
+    def wait_for_workers(self) -> None:
+        """Wait until all nodes have joined; those that Ray gave up are started again, a few times in all."""
+        deadline = time.monotonic() + NODE_PATIENCE_S
+        num_again = 0
+        while self.num_alive() < 1 + len(self.workers):
+            num_again += self.replace_ended()
+            assert num_again <= MOST_STARTS_AGAIN, self.log(self._worker_name)
+            assert time.monotonic() < deadline, self.log(self._worker_name)
+            time.sleep(0.5)
 
     def log(self, name: str) -> str:
         """What a node has printed."""
@@ -104,7 +117,8 @@ class Nodes:
 
     def kill_worker(self, index: int = 0) -> None:
         """End a node and all on it at once."""
-        kill_tree(self.workers.pop(index))
+        with self._lock:
+            kill_tree(self.workers.pop(index))
 
     def kill_head(self) -> None:
         """End the head, and with it the cluster's memory and every driver."""
