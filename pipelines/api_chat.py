@@ -51,6 +51,7 @@ from pipelines.orders import (
 )
 
 MAX_STOPS = 4  # OpenAI's limit
+MAX_TOOLS = 128  # OpenAI's limit
 MAX_NEW_TOKENS = 1_000_000  # beyond every context
 
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -155,7 +156,8 @@ class TextFormat(BaseModel):
 class ChatRequest(BaseModel):
     """Body of `POST /v1/chat/completions`; OpenAI's clients send null for what they leave open.
 
-    The last fields are taken at the values that ask for nothing, as clients send these.
+    The last fields are taken at the values that ask for nothing, as clients send these. Tools may be offered, as Open
+    WebUI does with every message: a model may always answer without one, and this one does.
     """
 
     model_config = _STRICT
@@ -200,7 +202,10 @@ class ChatRequest(BaseModel):
     logprobs: Literal[False] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
     response_format: TextFormat | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tools: (
+        Annotated[list[dict[str, Any]], Field(max_length=MAX_TOOLS, description="may be offered; none is ever called")]
+        | None
+    ) = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None

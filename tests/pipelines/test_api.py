@@ -315,7 +315,8 @@ def test_chat_order_says_what_was_asked(caller: Caller, backend: Painter) -> Non
         seed=9,
         model="nexusgen",
         frequency_penalty=0,
-        tools=[],
+        tools=[{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}],
+        tool_choice="auto",
         metadata={"a": "b"},
     )
     assert response.status_code == 200
@@ -390,7 +391,8 @@ def test_an_answer_can_be_sent_back_as_it_came(caller: Caller, backend: Painter)
         ({"messages": [user("x")], "max_tokens": 5, "max_completion_tokens": 5}, "max_tokens"),
         ({"messages": [user("x")], "stream_options": {"include_usage": True}}, "stream_options"),
         ({"messages": [user("x")], "modalities": ["audio"]}, "modalities[0]"),
-        ({"messages": [user("x")], "tools": [{"type": "function"}]}, "tools"),
+        ({"messages": [user("x")], "tools": [{"type": "function"}] * 129}, "tools"),
+        ({"messages": [user("x")], "tools": [{"type": "function"}], "tool_choice": "required"}, "tool_choice"),
         ({"messages": [user("x")], "logprobs": True}, "logprobs"),
         ({"messages": [user("x")], "frequency_penalty": 1}, "frequency_penalty"),
         ({"messages": [user("x")], "response_format": {"type": "json_object"}}, "response_format.type"),
