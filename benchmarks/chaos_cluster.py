@@ -33,7 +33,7 @@ from servers import free_port, mlflow_server, postgres_server  # noqa: E402
 from benchmarks.chaos_data import environment_of, make_tars  # noqa: E402
 from benchmarks.report import Report  # noqa: E402
 from jobs.command import DEMO_CONFIGS  # noqa: E402
-from pipelines import checkpoint, embedded, registry, storage, tracking  # noqa: E402
+from pipelines import checkpoint, embedded, storage, tracking  # noqa: E402
 
 NUM_WORKER_NODES = 2
 MODES = ("vision", "latents", "predicted")
@@ -228,10 +228,14 @@ class Result:
                 losses[stage].setdefault(metric.step, []).append(metric.value)
         experiment = client.get_experiment_by_name(name)
         assert experiment is not None
-        runs = Counter(str(run.info.run_name) for run in client.search_runs([experiment.experiment_id]))
-        versions = client.search_model_versions(f"name = 'nexusgen' and tags.`{registry.TAG_PROJECT}` = '{name}'")
-        latest = max(versions, key=lambda version: int(version.version))
-        return cls(data, losses, runs, latest.tags[tracking.TAG_FINGERPRINT])
+        found_runs = client.search_runs([experiment.experiment_id])
+        runs = Counter(str(run.info.run_name) for run in found_runs)
+        # By its run: weights that are registered already, as another road made them, are no new version.
+        registered = [
+            run.data.tags.get(tracking.TAG_FINGERPRINT) for run in found_runs if run.info.run_name == "register"
+        ]
+        (fingerprint,) = {one for one in registered if one}
+        return cls(data, losses, runs, fingerprint)
 
 
 def compare(report: Report, what: str, calm: Result, found: Result) -> None:

@@ -40,7 +40,7 @@ class Nodes:
         self.token_path.write_text(secrets.token_hex(32), encoding="utf-8")
         self.head: subprocess.Popen[bytes] | None = None
         self.workers: list[subprocess.Popen[bytes]] = []
-        self._worker_name = ""  # of the newest
+        self._num_started = 0
         self._lock = threading.Lock()
         self._worker_cpus = worker_cpus
         # Short: a socket's path has at most 107 characters.
@@ -81,10 +81,12 @@ class Nodes:
 
     def start_worker(self) -> None:
         """Start one more node; it joins when it is ready."""
-        name = f"worker-{len(self.workers)}-{time.monotonic():.0f}"
+        self._num_started += 1
+        # A folder of its own, as a machine has: in a shared one, a node that goes takes the others' code with it.
+        folder = f"--temp-dir={self._scratch.name}/{self._num_started}"
         address = f"--address=127.0.0.1:{self.port}"
-        self.workers.append(self._start(name, address, f"--num-cpus={self._worker_cpus}"))
-        self._worker_name = name
+        name = f"worker-{self._num_started}"
+        self.workers.append(self._start(name, address, f"--num-cpus={self._worker_cpus}", folder))
 
     def replace_ended(self) -> int:
         """Start another node for each that ended by itself; gives their number."""
@@ -101,8 +103,8 @@ class Nodes:
         num_again = 0
         while self.num_alive() < 1 + len(self.workers):
             num_again += self.replace_ended()
-            assert num_again <= MOST_STARTS_AGAIN, self.log(self._worker_name)
-            assert time.monotonic() < deadline, self.log(self._worker_name)
+            assert num_again <= MOST_STARTS_AGAIN, self.log(f"worker-{self._num_started}")
+            assert time.monotonic() < deadline, self.log(f"worker-{self._num_started}")
             time.sleep(0.5)
 
     def log(self, name: str) -> str:
