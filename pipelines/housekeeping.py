@@ -14,7 +14,8 @@ the same of it; a stage's last and best checkpoints and all complete ones of the
 names. Nothing is listed that is younger than the threshold, or that lies where something was written since then: a
 job that goes on writes all the time. Tars, evaluations, accounts and MLflow are left alone.
 
-Versions that `serve` was given by number have no alias: give them one, or keep the threshold above their age.
+Versions that `serve` was given by number have no alias: give them one, or keep the threshold above their age. Where the
+registry knows none of the storage's models it is taken for the wrong one, and nothing is listed at all.
 """
 
 from __future__ import annotations
@@ -91,19 +92,21 @@ class Registry:
 def find_garbage(storage_uri: str, older_than_s: float, now_s: float | None = None) -> list[Found]:
     """List what nobody needs and nobody has touched for `older_than_s` seconds.
 
-    Raises: InputError if there is no such storage, or what a version needs can't be told; ResourceError if a store
-    doesn't answer.
+    Raises: InputError if there is no such storage, the registry is another one's, or what a version needs can't be
+    told; ResourceError if a store doesn't answer.
     """
     root = storage.absolute(storage_uri)
     if not storage.is_folder(root):
         raise InputError(f"storage={storage_uri}: there is no such folder, so nothing to tidy; correct --storage")
     before_ns = int(((now_s if now_s is not None else time.time()) - older_than_s) * 1e9)
     known = read_registry(root)
+    models = _Listing(storage.join(root, "models"))
+    _check_registry(root, models, known)
     needed = what_is_needed(root, known)
     found = [
         *_find_in_data(root, needed, before_ns),
         *_find_in_checkpoints(root, needed, before_ns),
-        *_find_in_models(root, needed, known, before_ns),
+        *_find_in_models(models, needed, known, before_ns),
     ]
     return sorted(found, key=lambda one: (one.kind, one.uri))
 
@@ -181,6 +184,26 @@ def read_registry(root: str) -> Registry:
     return Registry(versions, frozenset(pointed_to - {""}))
 
 
+def _check_registry(root: str, models: _Listing, known: Registry) -> None:
+    """Raises: InputError if the registry knows none of the storage's models: then it is hardly theirs."""
+    whole = sorted(name for name, files in models.by_name().items() if _is_whole(models.folder, name, files))
+    if not whole or any(name in known.versions for name in whole):
+        return
+    held = f"holds {sum(map(len, known.versions.values()))} versions of {registry.MODEL_NAME}, of other models"
+    found = held if known.versions else f"holds no version of {registry.MODEL_NAME}"
+    raise InputError(
+        f"{models.folder} holds {len(whole)} models, first {whole[0]}, but the registry "
+        f"{tracking.redact(tracking.mlflow_uri(root))} {found}, so which of them are needed can't be told, and nothing "
+        "was deleted: set MLFLOW_TRACKING_URI to where they were registered (unset it if that was in the storage "
+        "itself), or delete their folders by hand if they never were"
+    )
+
+
+def _is_whole(folder: str, name: str, files: Mapping[str, storage.FileStat]) -> bool:
+    """Whether a model's folder has its manifest, which is written last."""
+    return not _BEING_WRITTEN.fullmatch(name) and storage.join(folder, name, MANIFEST_NAME) in files
+
+
 def _all_versions(client: MlflowClient) -> Iterator[ModelVersion]:
     token = None
     while True:
@@ -241,9 +264,9 @@ class _Listing:
         self.folder = folder
         self.files = storage.list_stats(folder)
 
-    def below(self, *names: str) -> dict[str, storage.FileStat]:
-        prefix = storage.join(self.folder, *names) + "/" if names else self.folder.rstrip("/") + "/"
-        return {uri: found for uri, found in self.files.items() if uri.startswith(prefix)}
+    def by_name(self) -> dict[str, dict[str, storage.FileStat]]:
+        """The files of each folder in it."""
+        return {storage.name_of(uri): files for uri, files in _groups(self.files, self.folder, 1).items()}
 
 
 def _groups(files: Mapping[str, storage.FileStat], folder: str, depth: int) -> dict[str, dict[str, storage.FileStat]]:
@@ -345,13 +368,12 @@ def _why_not(meta: checkpoint.Meta | None, last: checkpoint.Meta | None) -> str:
     return f"of later steps than the stage's last ({last.step})" if meta.step > last.step else ""
 
 
-def _find_in_models(root: str, needed: Needed, known: Registry, before_ns: int) -> Iterator[Found]:
-    top = storage.join(root, "models")
-    for folder, files in _groups(_Listing(top).files, top, 1).items():
+def _find_in_models(models: _Listing, needed: Needed, known: Registry, before_ns: int) -> Iterator[Found]:
+    for name, files in models.by_name().items():
+        folder = storage.join(models.folder, name)
         if folder in needed.models or not _is_quiet(files, before_ns):
             continue
-        name = storage.name_of(folder)
-        if _BEING_WRITTEN.fullmatch(name) or storage.join(folder, MANIFEST_NAME) not in files:
+        if not _is_whole(models.folder, name, files):
             yield _as_found("half-written", folder, "a model that was being assembled", files)
             continue
         versions = known.versions.get(name, ())

@@ -184,6 +184,41 @@ def test_what_somebody_works_at_is_left_alone(tmp_path: Path, base: Path) -> Non
     assert {one.kind for one in find_garbage(uri, DAY_S)} == {"data", "half-written"}
 
 
+@pytest.mark.parametrize("registry_at_hand", ["missing", "empty", "another"])
+def test_a_registry_that_knows_no_model_deletes_nothing(
+    registry_at_hand: str,
+    tmp_path: Path,
+    no_server: None,
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    uri = str(tmp_path / "storage")
+    road_by_hand(uri, base)
+    fingerprint = register(RegisterConfig(storage=uri, name=NAME, model=str(base))).outputs["fingerprint"]
+    elsewhere = f"sqlite:///{tmp_path}/elsewhere.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", elsewhere)
+    if registry_at_hand != "missing":
+        client = tracking.connect(uri)
+    if registry_at_hand == "another":
+        client.create_registered_model(registry.MODEL_NAME)
+        run = client.create_run("0")
+        tags = {tracking.TAG_FINGERPRINT: "f" * 16}
+        client.create_model_version(registry.MODEL_NAME, str(tmp_path), run.info.run_id, tags)
+    before = storage.list_stats(uri)
+    held = "1 versions of nexusgen, of other models" if registry_at_hand == "another" else "no version of nexusgen"
+    message = (
+        rf"models holds 1 models, first {fingerprint}, but the registry {elsewhere} holds {held}.*nothing was dele"
+    )
+    with pytest.raises(InputError, match=message):
+        later(uri)
+    assert cli.main(["gc", "--storage", uri, "--older-than", "0m"]) == 1
+    assert "set MLFLOW_TRACKING_URI to where they were registered" in capsys.readouterr().err
+    assert storage.list_stats(uri) == before
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert kinds(later(uri)) == [("model", fingerprint)]
+
+
 def test_a_damaged_manifest_deletes_nothing(tmp_path: Path, no_server: None, base: Path) -> None:
     make_embedded(str(tmp_path), "n", base, num_samples=6)
     (tmp_path / "embedded/n/vision/manifest.json").write_text("{")
