@@ -19,7 +19,7 @@ from pipelines import registry
 from pipelines.accounting import account_uri, read_attempts
 from pipelines.pack_sources import PairsAs
 from pipelines.plan import STAGE_JOBS, Request, Training
-from pipelines.plan_rates import CPU, Calibration, Devices, calibrate, read_assumptions
+from pipelines.plan_rates import CPU, Calibration, Devices, calibrate, on_this_machine, read_assumptions
 from pipelines.plan_sizes import RELEASED, ModelSizes, Shares, sizes_of
 from pipelines.runtime import JobReport
 from pipelines.shards import ReadOptions, ShardReader, list_shards
@@ -148,7 +148,7 @@ def _items(road: RoadConfig) -> dict[str, int]:
 def walk_small(road: RoadConfig, samples: int, tell: Callable[[str], None]) -> dict[str, Calibration]:
     """Walk the road with at most a tenth of its samples, steps and items, in a folder of its own; rates by job.
 
-    Raises: UsageError if a tenth is too little to train on; as `run_road`.
+    Ray and MLflow are the folder's own, too. Raises: UsageError if a tenth is too little to train on; as `run_road`.
     """
     if samples < MIN_SAMPLES:
         raise UsageError(
@@ -157,7 +157,8 @@ def walk_small(road: RoadConfig, samples: int, tell: Callable[[str], None]) -> d
     with tempfile.TemporaryDirectory(prefix="nexusgen-plan-") as folder:
         small = small_road(road, samples, folder)
         tell(f"plan: the road at a tenth of its size or less, in {folder}")
-        result = run_road(small)
+        with on_this_machine():
+            result = run_road(small)
         return calibrations_of(result.reports, str(small.storage), small.name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from jobs.chain import load_road
 from jobs.command import DEMO_CONFIGS
 from jobs.planning import request_of, small_road, walk_small, write_small_tar
 from nexusgen.errors import InputError
+from pipelines import tracking
 from pipelines.pack import PackConfig, pack
 from pipelines.plan import make_plan, units_of
-from pipelines.plan_rates import parse_devices
+from pipelines.plan_rates import on_this_machine, parse_devices
 from pipelines.shards import ReadOptions, ShardReader
 
 FULL_SIZE = DEMO_CONFIGS.parent / "7b" / "road.yaml"
@@ -131,7 +133,10 @@ def test_a_small_tar_of_own_tars(tmp_path: Path) -> None:
 def test_rates_are_measured_by_a_real_walk(
     ray_cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    elsewhere = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/elsewhere.db", "RAY_ADDRESS": "127.0.0.1:1"}
+    for name, value in elsewhere.items():
+        monkeypatch.setenv(name, value)
+    registry_elsewhere = tracking.connect(str(tmp_path))
     settings = [
         f"storage={tmp_path}/big",
         "pack.counts={generation: 60, editing: 30, understanding: 30}",
@@ -151,6 +156,10 @@ def test_rates_are_measured_by_a_real_walk(
     ]
     road = load_road(DEMO, settings)
     found = walk_small(road, 800, lambda text: None)
+    assert registry_elsewhere.search_registered_models() == []
+    assert registry_elsewhere.search_runs(["0"]) == []
+    assert len(registry_elsewhere.search_experiments()) == 1  # MLflow's own
+    assert {name: os.environ[name] for name in elsewhere} == elsewhere
     assert found["embed vision"].rates["samples"].units == 80
     assert found["train ar"].rates["steps"].units == 4
     assert found["train editing_decoder"].rates["checkpoints"].units == 1
@@ -166,6 +175,21 @@ def test_rates_are_measured_by_a_real_walk(
     assert {row.job for row in plan.jobs} == set(found)
     assert "800 samples x" in next(row.formula for row in plan.jobs if row.job == "embed vision")
     assert not (tmp_path / "big").exists()
+
+
+def test_what_is_measured_here_knows_no_cluster_and_no_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+    def job() -> None:
+        with on_this_machine():
+            assert "RAY_ADDRESS" not in os.environ
+            raise InputError("a job failed")
+
+    with pytest.raises(InputError, match="a job failed"):
+        job()
+    assert os.environ["RAY_ADDRESS"] == "head:6379"
+    assert "MLFLOW_TRACKING_URI" not in os.environ
 
 
 def test_a_roads_prices_are_those_of_its_jobs() -> None:
