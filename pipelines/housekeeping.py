@@ -10,8 +10,9 @@
 
 Needed, and never listed: what a version with an alias is made of (its folder, the models that it was trained on, the
 checkpoints and data of its stages, as its manifest's lineage names them), the version that an alias would roll back to,
-the same of it; a stage's last and best checkpoints and all complete ones of the same run; a model that a run under way
-names. Nothing is listed that is younger than the threshold, or that lies where something was written since then: a
+the same of it; a stage's last and best checkpoints and all complete ones of the same run, with the model that they were
+trained on; a model that a run under way names; a model in a folder that isn't named by a fingerprint, which no job of
+ours made. Nothing is listed that is younger than the threshold, or that lies where something was written since then: a
 job that goes on writes all the time. Tars, evaluations, accounts and MLflow are left alone.
 
 Versions that `serve` was given by number have no alias: give them one, or keep the threshold above their age. Where the
@@ -43,9 +44,11 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 NUM_PARALLEL = 16  # files deleted at a time
+POINTERS = ("latest.json", "best.json")  # of a stage
 ASK_EVERY_S = 5.0  # whether something has come to be needed; for a model each time
 _STEP = re.compile(r"step-\d{6,}")
 _BEING_WRITTEN = re.compile(r"\.(step-.+|assembling-.+|ray|[0-9a-f]{16}-.+)")  # folders
+_FINGERPRINT = re.compile(r"[0-9a-f]{16}")
 _SLICE = re.compile(r".+-[0-9a-f]{8}-\d{5}")
 
 
@@ -200,8 +203,8 @@ def _check_registry(root: str, models: _Listing, known: Registry) -> None:
 
 
 def _is_whole(folder: str, name: str, files: Mapping[str, storage.FileStat]) -> bool:
-    """Whether a model's folder has its manifest, which is written last."""
-    return not _BEING_WRITTEN.fullmatch(name) and storage.join(folder, name, MANIFEST_NAME) in files
+    """Whether a folder is a registered model's, and has its manifest, which is written last."""
+    return bool(_FINGERPRINT.fullmatch(name)) and storage.join(folder, name, MANIFEST_NAME) in files
 
 
 def _all_versions(client: MlflowClient) -> Iterator[ModelVersion]:
@@ -228,9 +231,9 @@ def _models_of_running(client: MlflowClient) -> set[str]:
 
 
 def what_is_needed(root: str, known: Registry) -> Needed:
-    """Everything that the lineage of the versions that something points to names."""
+    """Everything that the lineage of the versions that something points to names, and what trainings go on from."""
     needed = Needed()
-    todo = list(known.pointed_to)
+    todo = [*known.pointed_to, *_bases_of_trainings(root)]
     while todo:
         folder = storage.join(root, "models", todo.pop())
         if folder in needed.models:
@@ -247,6 +250,21 @@ def what_is_needed(root: str, known: Registry) -> Needed:
         record = storage.find_json(storage.join(folder, "adapter.json")) or {}
         todo += [record["base_fingerprint"]] if "base_fingerprint" in record else []
     return needed
+
+
+def _bases_of_trainings(root: str) -> Iterator[str]:
+    """Fingerprints of the models that last and best checkpoints were trained on: without it they are worth nothing."""
+    top = storage.join(root, "checkpoints")
+    for folder in _groups(_Listing(top).files, top, 2):
+        for pointer in _pointers(folder):
+            meta = _meta(storage.join(folder, str(pointer.get("path", "-"))))
+            if meta is not None:
+                yield meta.base_fingerprint
+
+
+def _pointers(folder: str) -> list[dict[str, Any]]:
+    """What a stage's pointers hold, the last one's first; one that isn't there is empty."""
+    return [storage.find_json(storage.join(folder, name)) or {} for name in POINTERS]
 
 
 def _here(root: str, uri: str, top: str, depth: int) -> str:
@@ -336,7 +354,7 @@ def _find_in_checkpoints(root: str, needed: Needed, before_ns: int) -> Iterator[
     for folder, files in _groups(_Listing(top).files, top, 2).items():
         if not _is_quiet(files, before_ns):
             continue  # a training under way writes its progress all the time
-        pointers = [storage.find_json(storage.join(folder, name)) or {} for name in ("latest.json", "best.json")]
+        pointers = _pointers(folder)
         pointed_to = {str(pointer["path"]) for pointer in pointers if "path" in pointer}
         last = _meta(storage.join(folder, str(pointers[0].get("path", "-"))))
         for uri, own in _groups(files, folder, 1).items():
@@ -374,6 +392,8 @@ def _find_in_models(models: _Listing, needed: Needed, known: Registry, before_ns
         if folder in needed.models or not _is_quiet(files, before_ns):
             continue
         if not _is_whole(models.folder, name, files):
+            if storage.join(folder, MANIFEST_NAME) in files and not _BEING_WRITTEN.fullmatch(name):
+                continue  # a base that somebody imported to here
             yield _as_found("half-written", folder, "a model that was being assembled", files)
             continue
         versions = known.versions.get(name, ())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -168,6 +169,35 @@ def test_models_without_an_alias_go_with_their_versions(tmp_path: Path, base: Pa
     assert {path.name for path in (tmp_path / "models").iterdir()} == set(numbers[1:])
     promote(PromoteConfig(storage=uri, rollback=True))
     assert load_model(registry.resolve_model("models:/nexusgen@champion", uri)).manifest.fingerprint == numbers[1]
+
+
+@pytest.mark.usefixtures("no_server")
+def test_what_a_stopped_training_goes_on_from_stays(tmp_path: Path, base: Path) -> None:
+    uri = str(tmp_path)
+    road_by_hand(uri, base)
+    fingerprint = register(RegisterConfig(storage=uri, name=NAME, model=str(base))).outputs["fingerprint"]
+    assert kinds(later(uri)) == [("model", fingerprint)]
+    listed = later(uri)
+    version = registry.resolve_model("models:/nexusgen/1", uri)
+    train_by_hand(uri, version, "editing_decoder", [], 0.0)  # its run has ended, and no alias leads to the version
+    assert later(uri) == []
+    assert delete_garbage(uri, listed) == 0  # begun since it was listed
+    stage = Path(checkpoint.stage_folder(uri, NAME, "editing_decoder"))
+    (stage / "latest.json").rename(stage / "best.json")
+    assert later(uri) == []
+    assert load_model(registry.resolve_model("models:/nexusgen/1", uri)).manifest.fingerprint == fingerprint
+    checkpoint.forget(str(stage))
+    assert ("model", fingerprint) in kinds(later(uri))
+
+
+@pytest.mark.usefixtures("no_server")
+def test_an_imported_base_stays(tmp_path: Path, base: Path) -> None:
+    uri = str(tmp_path)
+    shutil.copytree(base, tmp_path / "models" / "imported")
+    assert later(uri) == []
+    road_by_hand(uri, tmp_path / "models" / "imported")
+    register(RegisterConfig(storage=uri, name=NAME, model=str(tmp_path / "models" / "imported")))
+    assert "imported" not in [name for _, name in kinds(later(uri))]
 
 
 @pytest.mark.usefixtures("no_server")
