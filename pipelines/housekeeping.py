@@ -3,7 +3,7 @@
 | kind | what |
 |---|---|
 | slice | a file of embedded data that its manifest doesn't list, with its entry and its quarantine |
-| data | embedded data that was begun and never finished: it has no manifest |
+| data | embedded data that was begun, and no slice of it finished: it has neither manifest nor entries |
 | checkpoint | incomplete; of another run than the stage's last one; or of later steps than that |
 | model | a model folder whose versions have no alias |
 | half-written | what a killed process left: temporary files, unfinished folders, scratch of Ray Train |
@@ -12,8 +12,9 @@ Needed, and never listed: what a version with an alias is made of (its folder, t
 checkpoints and data of its stages, as its manifest's lineage names them), the version that an alias would roll back to,
 the same of it; a stage's last and best checkpoints and all complete ones of the same run, with the model that they were
 trained on; a model that a run under way names; a model in a folder that isn't named by a fingerprint, which no job of
-ours made. Nothing is listed that is younger than the threshold, or that lies where something was written since then: a
-job that goes on writes all the time. Tars, evaluations, accounts and MLflow are left alone.
+ours made; data that a training has read; finished slices without a manifest, as the embed job that was killed goes on
+with them. Nothing is listed that is younger than the threshold, or that lies where something was written since then:
+a job that goes on writes all the time. Tars, evaluations, accounts and MLflow are left alone.
 
 Versions that `serve` was given by number have no alias: give them one, or keep the threshold above their age. Where the
 registry knows none of the storage's models it is taken for the wrong one, and nothing is listed at all.
@@ -129,6 +130,8 @@ def delete_garbage(storage_uri: str, found: Sequence[Found]) -> int:
             asked_s, needed = time.monotonic(), what_is_needed(root, read_registry(root))
         if one.uri in needed.models | needed.checkpoints | needed.data:
             continue
+        if one.kind == "data" and _is_begun(storage.list_files(one.uri, recursive=True), one.uri):
+            continue  # somebody has gone on
         if one.kind == "slice":
             listed[folder] = listed[folder] if folder in listed else _listed_slices(folder)
             if storage.name_of(one.uri) in listed[folder]:
@@ -233,7 +236,10 @@ def _models_of_running(client: MlflowClient) -> set[str]:
 def what_is_needed(root: str, known: Registry) -> Needed:
     """Everything that the lineage of the versions that something points to names, and what trainings go on from."""
     needed = Needed()
-    todo = [*known.pointed_to, *_bases_of_trainings(root)]
+    todo = list(known.pointed_to)
+    for bases, data in _read_by_trainings(root):
+        todo += bases
+        needed.data |= {storage.join(root, "embedded", name) for name in data}
     while todo:
         folder = storage.join(root, "models", todo.pop())
         if folder in needed.models:
@@ -252,14 +258,17 @@ def what_is_needed(root: str, known: Registry) -> Needed:
     return needed
 
 
-def _bases_of_trainings(root: str) -> Iterator[str]:
-    """Fingerprints of the models that last and best checkpoints were trained on: without it they are worth nothing."""
+def _read_by_trainings(root: str) -> Iterator[tuple[list[str], list[str]]]:
+    """Of each stage, fingerprints of the models that its last and best checkpoints were trained on, without which these
+    are worth nothing; and names of the data that it has read, NAME/MODE."""
     top = storage.join(root, "checkpoints")
     for folder in _groups(_Listing(top).files, top, 2):
-        for pointer in _pointers(folder):
-            meta = _meta(storage.join(folder, str(pointer.get("path", "-"))))
-            if meta is not None:
-                yield meta.base_fingerprint
+        pointers = _pointers(folder)
+        metas = [_meta(storage.join(folder, str(pointer.get("path", "-")))) for pointer in pointers]
+        inputs = [data.name for meta in metas if meta is not None for data in meta.inputs]
+        begun = storage.find_json(storage.join(folder, "run.json")) or {}  # also of one without a checkpoint
+        inputs += [str(data["name"]) for data in begun.get("inputs", ())]
+        yield [meta.base_fingerprint for meta in metas if meta is not None], inputs
 
 
 def _pointers(folder: str) -> list[dict[str, Any]]:
@@ -320,8 +329,10 @@ def _find_in_data(root: str, needed: Needed, before_ns: int) -> Iterator[Found]:
             continue
         manifest = storage.join(folder, embedded.MANIFEST_NAME)
         if manifest not in files:
-            if folder not in needed.data and _is_quiet(files, before_ns):
-                yield _as_found("data", folder, "begun and never finished: it has no manifest", files)
+            if _is_begun(files, folder):
+                yield from _find_temporary(files, before_ns)
+            elif folder not in needed.data and _is_quiet(files, before_ns):
+                yield _as_found("data", folder, "begun, and no slice of it was finished", files)
             continue
         yield from _find_temporary(files, before_ns)
         if not _is_quiet(files, before_ns):
@@ -336,6 +347,13 @@ def _find_in_data(root: str, needed: Needed, before_ns: int) -> Iterator[Found]:
             uri = storage.join(folder, f"{stem}.parquet")
             if uri in own:  # of a slice without rows there are an entry and a quarantine, and no file
                 yield _as_found("slice", uri, "not in the data's manifest", own)
+
+
+def _is_begun(files: Iterable[str], folder: str) -> bool:
+    """Whether embedded data has anything that a job would go on with or read: its manifest, or what is entered."""
+    entries = storage.join(folder, embedded.ENTRIES_FOLDER) + "/"
+    manifest = storage.join(folder, embedded.MANIFEST_NAME)
+    return any(uri == manifest or (uri.startswith(entries) and not storage.is_temporary(uri)) for uri in files)
 
 
 def _listed_slices(folder: str) -> set[str]:

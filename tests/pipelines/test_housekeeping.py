@@ -20,7 +20,9 @@ from jobs import cli
 from nexusgen.errors import InputError
 from nexusgen.model.weights import load_model
 from pipelines import checkpoint, embedded, registry, storage, tracking
+from pipelines.embed import EmbedConfig, embed
 from pipelines.housekeeping import Found, delete_garbage, find_garbage
+from pipelines.pack import PackConfig, pack
 from pipelines.registry import PromoteConfig, RegisterConfig, promote, register
 
 DAY_S = 86400.0
@@ -247,6 +249,43 @@ def test_a_registry_that_knows_no_model_deletes_nothing(
     assert storage.list_stats(uri) == before
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert kinds(later(uri)) == [("model", fingerprint)]
+
+
+@pytest.mark.timeout(900)
+def test_an_embed_job_that_was_stopped_goes_on_after_gc(
+    tmp_path: Path, base: Path, no_server: None, ray_cluster: Any
+) -> None:
+    uri = str(tmp_path / "storage")
+    pack(PackConfig(storage=uri, name=NAME, counts={"generation": 9}, samples_per_shard=3))
+    tars = sorted(storage.list_files(f"{uri}/tars/{NAME}"))
+    shards = [tar for tar in tars if tar.endswith(".tar")]
+    config = EmbedConfig(storage=uri, name=NAME, input=shards[:2], mode="latents", model=str(base))
+    assert embed(config).outputs["slices_reused"] == 0
+    folder = tmp_path / "storage/embedded/shapes/latents"
+    (folder / "manifest.json").unlink()  # the next one had begun with a shard more, and was killed
+    (folder / ".x.parquet.tmp-0123456789ab").write_bytes(b"half")
+    found = later(uri)
+    assert kinds(found) == [("half-written", ".x.parquet.tmp-0123456789ab")]
+    delete_garbage(uri, found)
+    again = embed(config.model_copy(update={"input": shards}))
+    assert (again.outputs["slices"], again.outputs["slices_reused"]) == (3, 2)
+
+
+def test_data_that_a_training_has_read_stays(tmp_path: Path, base: Path, no_server: None) -> None:
+    uri = str(tmp_path)
+    make_embedded(uri, NAME, base, num_samples=6)
+    modes = ("vision", "latents", "predicted")
+    read = [checkpoint.DataInput(name=f"{NAME}/{mode}", uri="/e", digest="d", run_id="r") for mode in modes]
+    train_by_hand(uri, base, "ar", read[:1], 0.0)
+    begun = storage.join(checkpoint.stage_folder(uri, NAME, "generation_decoder"), "run.json")
+    storage.write_json(begun, {"run_id": "r", "inputs": [read[1].model_dump()]})
+    for mode in modes:
+        (tmp_path / "embedded" / NAME / mode / "manifest.json").unlink()
+    found = later(uri)
+    assert kinds(found) == [("data", "predicted")]
+    entry = tmp_path / "embedded" / NAME / "predicted" / embedded.ENTRIES_FOLDER / "shard-00000000-00000.json"
+    storage.write_json(str(entry), {})
+    assert (later(uri), delete_garbage(uri, found)) == ([], 0)  # somebody has gone on since it was listed
 
 
 def test_a_damaged_manifest_deletes_nothing(tmp_path: Path, no_server: None, base: Path) -> None:
