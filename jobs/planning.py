@@ -28,6 +28,12 @@ from pipelines.train import TrainConfig
 SMALL = 0.1  # of samples, steps and items, at most
 MIN_SAMPLES = 100  # of which a tenth can still be trained on
 MODES = {"embed vision": "vision", "embed latents": "latents", "embed predicted": "predicted"}
+# What suites make of each sample, by the kinds of their units.
+SAMPLE_KINDS = {
+    "reconstruction": ("generation", "editing", "autoencoder", "another"),
+    "embedding_prediction": ("prediction",),
+    "held_out": ("drawn", "answered"),
+}
 TRAININGS = ("ar", "generation_decoder", "editing_decoder")
 
 
@@ -128,7 +134,7 @@ def _training(config: TrainConfig) -> Training:
 
 
 def _items(road: RoadConfig) -> dict[str, int]:
-    """Items of the evaluation by kind."""
+    """Items of the evaluation by kind, as its account counts them; of samples the most that it may take."""
     config = road.evaluate
     items: dict[str, int] = {}
     if "demo_world" in config.suites:
@@ -138,8 +144,10 @@ def _items(road: RoadConfig) -> dict[str, int]:
             "understanding": config.num_questions,
             "editing": config.num_edits,
         }
-    others = [suite for suite in config.suites if suite != "demo_world"]
-    return items | dict.fromkeys(others, config.max_samples)
+    for suite in config.suites:
+        for kind in SAMPLE_KINDS.get(suite, () if suite == "demo_world" else (suite,)):
+            items[kind] = items.get(kind, 0) + config.max_samples
+    return items
 
 
 # --- rates measured here ----------------------------------------------------------------------------------------------
@@ -163,7 +171,10 @@ def walk_small(road: RoadConfig, samples: int, tell: Callable[[str], None]) -> d
 
 
 def small_road(road: RoadConfig, samples: int, folder: str) -> RoadConfig:
-    """The same road with at most a tenth of samples, steps and items, below another folder."""
+    """The same road with at most a tenth of samples, steps and items, below another folder.
+
+    Embedded data of other names isn't there: what reads such reads the road's own, of which there is as much.
+    """
     storage = str(Path(folder) / "storage")
     name = road.name
     # A version's number means nothing in another registry.
@@ -188,7 +199,7 @@ def small_road(road: RoadConfig, samples: int, folder: str) -> RoadConfig:
     for stage in TRAININGS:
         config: TrainConfig = getattr(road, f"train_{stage}")
         steps = max(1, int(SMALL * config.num_steps))
-        less = {"num_steps": steps, "warmup_steps": min(config.warmup_steps, steps)}
+        less = {"num_steps": steps, "warmup_steps": min(config.warmup_steps, steps), "data": None}
         changed[f"train_{stage}"] = config.model_copy(update=moved | less)
     evaluate = road.evaluate
     less = {
@@ -198,6 +209,7 @@ def small_road(road: RoadConfig, samples: int, folder: str) -> RoadConfig:
         "num_edits": int(SMALL * evaluate.num_edits),
         "max_samples": max(2, int(SMALL * evaluate.max_samples)),
         "num_pictures": 0,
+        "data": None if evaluate.data is None else name,
     }
     changed["evaluate"] = evaluate.model_copy(update=moved | less)
     changed["promote"] = road.promote.model_copy(update={"storage": storage, "thresholds": {}})

@@ -19,6 +19,7 @@ from pipelines.plan_sizes import BF16_BYTES, FP32_BYTES, STATE_NUMBERS, ModelSiz
 HOUR_S = 3600.0
 HOURS_PER_MONTH = 730.0
 STAGE_JOBS = {stage: f"train {stage}" for stage in ("ar", "generation_decoder", "editing_decoder")}
+NOT_DRAWN = {"understanding", "answered", "prediction", "autoencoder", "another"}  # items of an evaluation
 NUM_VERSIONS = 2  # that a road registers
 
 
@@ -207,7 +208,7 @@ def plan_jobs(request: Request) -> list[JobRow]:
     formula += f"{_si(each - forward)}FLOP of the tower over {shown_tokens})"
     rows.append(_row(request, "embed predicted", number, edits * each, encoding, formula))
     rows.append(_training_row(request, "editing_decoder"))
-    pictures = sum(count for kind, count in request.items.items() if kind != "understanding")
+    pictures = sum(count for kind, count in request.items.items() if kind not in NOT_DRAWN)
     per_step = sizes.decoder.flops(sizes.latent_tokens + sizes.target_tokens, 1) / 3
     flops = pictures * sizes.steps * sizes.passes * per_step
     formula = f"{pictures:,} pictures x {sizes.steps} steps x {sizes.passes} passes x {_si(per_step)}FLOP"

@@ -118,6 +118,22 @@ def test_the_small_road_has_a_tenth_at_most(tmp_path: Path) -> None:
         assert getattr(small.evaluate, kind) <= 0.1 * getattr(road.evaluate, kind)
 
 
+def test_the_small_road_reads_the_data_that_it_makes(tmp_path: Path) -> None:
+    named = ["train_ar.data=[one, two]", "evaluate.data=held-out", "evaluate.suites=[held_out]"]
+    road = load_road(DEMO, [f"storage={tmp_path}/big", *named])
+    small = small_road(road, 34_000, str(tmp_path))
+    assert small.train_ar.data_names == [road.name] == [small.embed_vision.name]
+    assert small.evaluate.data == road.name
+    assert small_road(load_road(DEMO), 34_000, str(tmp_path)).evaluate.data is None
+    items = request_of(road, 34_000, parse_devices("1xCPU"), None).items
+    assert items == {"drawn": road.evaluate.max_samples, "answered": road.evaluate.max_samples}
+    both = load_road(DEMO, ["evaluate.suites=[demo_world, reconstruction]", "evaluate.max_samples=50"])
+    items = dict(request_of(both, 34_000, parse_devices("1xCPU"), None).items)
+    assert items == {"generation": 194, "explicit": 96, "understanding": 192, "editing": 190} | dict.fromkeys(
+        ("autoencoder", "another"), 50
+    )
+
+
 def test_a_small_tar_of_own_tars(tmp_path: Path) -> None:
     pack(PackConfig(storage=str(tmp_path), name="n", counts={"generation": 30, "editing": 30}, samples_per_shard=10))
     tars = str(tmp_path / "tars" / "n")
@@ -146,6 +162,10 @@ def test_rates_are_measured_by_a_real_walk(
         *(f"train_{stage}.num_steps=40" for stage in ("ar", "generation_decoder", "editing_decoder")),
         *(f"train_{stage}.batch_samples=4" for stage in ("ar", "generation_decoder", "editing_decoder")),
         "train_ar.mixture=null",
+        "train_ar.data=[one, two]",  # neither is there, nor anywhere
+        "evaluate.suites=[demo_world, held_out]",
+        "evaluate.data=held-out",
+        "evaluate.max_samples=40",
         "train_editing_decoder.num_workers=1",
         "evaluate.per_category=10",
         "evaluate.num_explicit=10",
@@ -164,6 +184,7 @@ def test_rates_are_measured_by_a_real_walk(
     assert found["train ar"].rates["steps"].units == 4
     assert found["train editing_decoder"].rates["checkpoints"].units == 1
     assert found["evaluate"].rates["understanding"].units == 2
+    assert found["evaluate"].rates["drawn"].units == 4
     request = request_of(road, 800, parse_devices("1xCPU"), None)
     for job, rates in found.items():
         small = {kind: rate.units for kind, rate in rates.rates.items()}
