@@ -13,7 +13,7 @@ from typing import Any
 import webdataset
 
 from jobs.chain import RoadConfig, run_road
-from nexusgen.errors import InputError, ModelError, UsageError
+from nexusgen.errors import ConfigError, InputError, ModelError, UsageError
 from nexusgen.schema import Sample, Task
 from pipelines import registry
 from pipelines.accounting import account_uri, read_attempts
@@ -79,7 +79,17 @@ def check_devices(devices: Devices, *, is_calibrated: bool) -> None:
 
 
 def request_of(road: RoadConfig, samples: int, devices: Devices, price: float | None) -> Request:
-    """What a road's configuration says of the plan."""
+    """What a road's configuration says of the plan. Raises: ConfigError for what no road can be walked with."""
+    if road.train_ar.embeddings == "online":
+        raise ConfigError(
+            "train_ar.embeddings=online: a road embeds no pictures of mode images, so it can't be walked with it, nor "
+            "planned; leave it out: the plan's line `stored or online` tells what it would add to each epoch"
+        )
+    if road.embed_vision.mode != "vision":
+        raise ConfigError(
+            f"embed_vision.mode={road.embed_vision.mode}: a road's decoders learn from embeddings, so it "
+            "can't be walked with it, nor planned; leave it out"
+        )
     assumptions = read_assumptions()
     weights, shares_from = _shares(road, assumptions.shares)
     sizes, sizes_from = _sizes(road)
@@ -130,6 +140,8 @@ def _training(config: TrainConfig) -> Training:
         virtual_streams=config.virtual_streams,
         sharded=config.parallelism == "fsdp",
         num_workers=config.max_workers,
+        lora=config.lora,
+        is_averaged=config.ema_decay > 0,
     )
 
 

@@ -67,6 +67,20 @@ def test_what_a_configuration_says_counts(capsys: pytest.CaptureFixture[str]) ->
     assert smaller / target == pytest.approx(0.5, rel=0.01)
     hours = [next(job["gpu_hours"] for job in found["jobs"] if job["job"] == "train ar") for found in (plain, other)]
     assert hours[1] == pytest.approx(2 * hours[0])
+    _, small, _ = plan(capsys, *wanted, "train_ar.lora={rank: 16}", "train_generation_decoder.ema_decay=0.99")
+    room = {row["kind"]: (row["bytes"], row["formula"]) for row in small["storage"]}
+    assert room["checkpoints/ar"] == (
+        3 * 53_505_536 * 3 * 4,
+        "3 x 53,505,536 weights (LoRA of rank 16), with two moments each, x 4 B",
+    )
+    whole = {row["kind"]: row["bytes"] for row in plain["storage"]}
+    name = "checkpoints/generation_decoder"
+    assert room[name][0] == pytest.approx(whole[name] * 4 / 3)
+    assert "with two moments and an average each" in room[name][1]
+    row = next(job for job in small["jobs"] if job["job"] == "train ar")
+    assert row["gpu_hours"] < 0.8 * hours[0]
+    assert "53,215,232 of the parameters trained (LoRA of rank 16)" in row["formula"]
+    assert small["goodput"]["ar"]["checkpoint_s"] < 0.01 * plain["goodput"]["ar"]["checkpoint_s"]
     _, mixed, _ = plan(capsys, *wanted, "train_ar.mixture={generation: 1, editing: 1}")
     assert mixed["shares"] == {"understanding": 0.0, "generation": 0.5, "editing": 0.5}
 
@@ -86,6 +100,8 @@ def test_what_a_configuration_says_counts(capsys: pytest.CaptureFixture[str]) ->
         (["--samples", "10", "--gpus", "1xCPU"], "add --calibrate to measure them"),
         (["--samples", "10", "--gpus", "8xH100", "--calibrate"], "which has no GPU; leave out --calibrate"),
         (["--samples", "10", "--gpus", "1xCPU", "--calibrate"], "--calibrate takes a tenth of them, and needs 100"),
+        (["--samples", "10", "--gpus", "8xH100", "train_ar.embeddings=online"], "train_ar.embeddings=online: a road"),
+        (["--samples", "10", "--gpus", "8xH100", "embed_vision.mode=images"], "embed_vision.mode=images: a road's dec"),
         (["--samples", "10", "--gpus", "8xH100", "train_ar.nmu_steps=3"], "did you mean 'num_steps'"),
     ],
 )
