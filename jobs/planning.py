@@ -13,13 +13,13 @@ from typing import Any
 import webdataset
 
 from jobs.chain import RoadConfig, run_road
-from nexusgen.errors import InputError, ModelError, UsageError
+from nexusgen.errors import ConfigError, InputError, ModelError, UsageError
 from nexusgen.schema import Sample, Task
 from pipelines import registry
 from pipelines.accounting import account_uri, read_attempts
 from pipelines.pack_sources import PairsAs
 from pipelines.plan import STAGE_JOBS, Request, Training
-from pipelines.plan_rates import CPU, Calibration, Devices, calibrate, read_assumptions
+from pipelines.plan_rates import CPU, Calibration, Devices, calibrate, on_this_machine, read_assumptions
 from pipelines.plan_sizes import RELEASED, ModelSizes, Shares, sizes_of
 from pipelines.runtime import JobReport
 from pipelines.shards import ReadOptions, ShardReader, list_shards
@@ -28,6 +28,12 @@ from pipelines.train import TrainConfig
 SMALL = 0.1  # of samples, steps and items, at most
 MIN_SAMPLES = 100  # of which a tenth can still be trained on
 MODES = {"embed vision": "vision", "embed latents": "latents", "embed predicted": "predicted"}
+# What suites make of each sample, by the kinds of their units.
+SAMPLE_KINDS = {
+    "reconstruction": ("generation", "editing", "autoencoder", "another"),
+    "embedding_prediction": ("prediction",),
+    "held_out": ("drawn", "answered"),
+}
 TRAININGS = ("ar", "generation_decoder", "editing_decoder")
 
 
@@ -73,7 +79,17 @@ def check_devices(devices: Devices, *, is_calibrated: bool) -> None:
 
 
 def request_of(road: RoadConfig, samples: int, devices: Devices, price: float | None) -> Request:
-    """What a road's configuration says of the plan."""
+    """What a road's configuration says of the plan. Raises: ConfigError for what no road can be walked with."""
+    if road.train_ar.embeddings == "online":
+        raise ConfigError(
+            "train_ar.embeddings=online: a road embeds no pictures of mode images, so it can't be walked with it, nor "
+            "planned; leave it out: the plan's line `stored or online` tells what it would add to each epoch"
+        )
+    if road.embed_vision.mode != "vision":
+        raise ConfigError(
+            f"embed_vision.mode={road.embed_vision.mode}: a road's decoders learn from embeddings, so it "
+            "can't be walked with it, nor planned; leave it out"
+        )
     assumptions = read_assumptions()
     weights, shares_from = _shares(road, assumptions.shares)
     sizes, sizes_from = _sizes(road)
@@ -124,11 +140,13 @@ def _training(config: TrainConfig) -> Training:
         virtual_streams=config.virtual_streams,
         sharded=config.parallelism == "fsdp",
         num_workers=config.max_workers,
+        lora=config.lora,
+        is_averaged=config.ema_decay > 0,
     )
 
 
 def _items(road: RoadConfig) -> dict[str, int]:
-    """Items of the evaluation by kind."""
+    """Items of the evaluation by kind, as its account counts them; of samples the most that it may take."""
     config = road.evaluate
     items: dict[str, int] = {}
     if "demo_world" in config.suites:
@@ -138,8 +156,10 @@ def _items(road: RoadConfig) -> dict[str, int]:
             "understanding": config.num_questions,
             "editing": config.num_edits,
         }
-    others = [suite for suite in config.suites if suite != "demo_world"]
-    return items | dict.fromkeys(others, config.max_samples)
+    for suite in config.suites:
+        for kind in SAMPLE_KINDS.get(suite, () if suite == "demo_world" else (suite,)):
+            items[kind] = items.get(kind, 0) + config.max_samples
+    return items
 
 
 # --- rates measured here ----------------------------------------------------------------------------------------------
@@ -148,7 +168,7 @@ def _items(road: RoadConfig) -> dict[str, int]:
 def walk_small(road: RoadConfig, samples: int, tell: Callable[[str], None]) -> dict[str, Calibration]:
     """Walk the road with at most a tenth of its samples, steps and items, in a folder of its own; rates by job.
 
-    Raises: UsageError if a tenth is too little to train on; as `run_road`.
+    Ray and MLflow are the folder's own, too. Raises: UsageError if a tenth is too little to train on; as `run_road`.
     """
     if samples < MIN_SAMPLES:
         raise UsageError(
@@ -157,12 +177,16 @@ def walk_small(road: RoadConfig, samples: int, tell: Callable[[str], None]) -> d
     with tempfile.TemporaryDirectory(prefix="nexusgen-plan-") as folder:
         small = small_road(road, samples, folder)
         tell(f"plan: the road at a tenth of its size or less, in {folder}")
-        result = run_road(small)
+        with on_this_machine():
+            result = run_road(small)
         return calibrations_of(result.reports, str(small.storage), small.name)
 
 
 def small_road(road: RoadConfig, samples: int, folder: str) -> RoadConfig:
-    """The same road with at most a tenth of samples, steps and items, below another folder."""
+    """The same road with at most a tenth of samples, steps and items, below another folder.
+
+    Embedded data of other names isn't there: what reads such reads the road's own, of which there is as much.
+    """
     storage = str(Path(folder) / "storage")
     name = road.name
     # A version's number means nothing in another registry.
@@ -187,7 +211,7 @@ def small_road(road: RoadConfig, samples: int, folder: str) -> RoadConfig:
     for stage in TRAININGS:
         config: TrainConfig = getattr(road, f"train_{stage}")
         steps = max(1, int(SMALL * config.num_steps))
-        less = {"num_steps": steps, "warmup_steps": min(config.warmup_steps, steps)}
+        less = {"num_steps": steps, "warmup_steps": min(config.warmup_steps, steps), "data": None}
         changed[f"train_{stage}"] = config.model_copy(update=moved | less)
     evaluate = road.evaluate
     less = {
@@ -197,6 +221,7 @@ def small_road(road: RoadConfig, samples: int, folder: str) -> RoadConfig:
         "num_edits": int(SMALL * evaluate.num_edits),
         "max_samples": max(2, int(SMALL * evaluate.max_samples)),
         "num_pictures": 0,
+        "data": None if evaluate.data is None else name,
     }
     changed["evaluate"] = evaluate.model_copy(update=moved | less)
     changed["promote"] = road.promote.model_copy(update={"storage": storage, "thresholds": {}})

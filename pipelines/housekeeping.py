@@ -3,18 +3,21 @@
 | kind | what |
 |---|---|
 | slice | a file of embedded data that its manifest doesn't list, with its entry and its quarantine |
-| data | embedded data that was begun and never finished: it has no manifest |
+| data | embedded data that was begun, and no slice of it finished: it has neither manifest nor entries |
 | checkpoint | incomplete; of another run than the stage's last one; or of later steps than that |
 | model | a model folder whose versions have no alias |
 | half-written | what a killed process left: temporary files, unfinished folders, scratch of Ray Train |
 
 Needed, and never listed: what a version with an alias is made of (its folder, the models that it was trained on, the
 checkpoints and data of its stages, as its manifest's lineage names them), the version that an alias would roll back to,
-the same of it; a stage's last and best checkpoints and all complete ones of the same run; a model that a run under way
-names. Nothing is listed that is younger than the threshold, or that lies where something was written since then: a
-job that goes on writes all the time. Tars, evaluations, accounts and MLflow are left alone.
+the same of it; a stage's last and best checkpoints and all complete ones of the same run, with the model that they were
+trained on; a model that a run under way names; a model in a folder that isn't named by a fingerprint, which no job of
+ours made; data that a training has read; finished slices without a manifest, as the embed job that was killed goes on
+with them. Nothing is listed that is younger than the threshold, or that lies where something was written since then:
+a job that goes on writes all the time. Tars, evaluations, accounts and MLflow are left alone.
 
-Versions that `serve` was given by number have no alias: give them one, or keep the threshold above their age.
+Versions that `serve` was given by number have no alias: give them one, or keep the threshold above their age. Where the
+registry knows none of the storage's models it is taken for the wrong one, and nothing is listed at all.
 """
 
 from __future__ import annotations
@@ -42,9 +45,11 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 NUM_PARALLEL = 16  # files deleted at a time
+POINTERS = ("latest.json", "best.json")  # of a stage
 ASK_EVERY_S = 5.0  # whether something has come to be needed; for a model each time
 _STEP = re.compile(r"step-\d{6,}")
 _BEING_WRITTEN = re.compile(r"\.(step-.+|assembling-.+|ray|[0-9a-f]{16}-.+)")  # folders
+_FINGERPRINT = re.compile(r"[0-9a-f]{16}")
 _SLICE = re.compile(r".+-[0-9a-f]{8}-\d{5}")
 
 
@@ -91,19 +96,21 @@ class Registry:
 def find_garbage(storage_uri: str, older_than_s: float, now_s: float | None = None) -> list[Found]:
     """List what nobody needs and nobody has touched for `older_than_s` seconds.
 
-    Raises: InputError if there is no such storage, or what a version needs can't be told; ResourceError if a store
-    doesn't answer.
+    Raises: InputError if there is no such storage, the registry is another one's, or what a version needs can't be
+    told; ResourceError if a store doesn't answer.
     """
     root = storage.absolute(storage_uri)
     if not storage.is_folder(root):
         raise InputError(f"storage={storage_uri}: there is no such folder, so nothing to tidy; correct --storage")
     before_ns = int(((now_s if now_s is not None else time.time()) - older_than_s) * 1e9)
     known = read_registry(root)
+    models = _Listing(storage.join(root, "models"))
+    _check_registry(root, models, known)
     needed = what_is_needed(root, known)
     found = [
         *_find_in_data(root, needed, before_ns),
         *_find_in_checkpoints(root, needed, before_ns),
-        *_find_in_models(root, needed, known, before_ns),
+        *_find_in_models(models, needed, known, before_ns),
     ]
     return sorted(found, key=lambda one: (one.kind, one.uri))
 
@@ -123,6 +130,8 @@ def delete_garbage(storage_uri: str, found: Sequence[Found]) -> int:
             asked_s, needed = time.monotonic(), what_is_needed(root, read_registry(root))
         if one.uri in needed.models | needed.checkpoints | needed.data:
             continue
+        if one.kind == "data" and _is_begun(storage.list_files(one.uri, recursive=True), one.uri):
+            continue  # somebody has gone on
         if one.kind == "slice":
             listed[folder] = listed[folder] if folder in listed else _listed_slices(folder)
             if storage.name_of(one.uri) in listed[folder]:
@@ -181,6 +190,26 @@ def read_registry(root: str) -> Registry:
     return Registry(versions, frozenset(pointed_to - {""}))
 
 
+def _check_registry(root: str, models: _Listing, known: Registry) -> None:
+    """Raises: InputError if the registry knows none of the storage's models: then it is hardly theirs."""
+    whole = sorted(name for name, files in models.by_name().items() if _is_whole(models.folder, name, files))
+    if not whole or any(name in known.versions for name in whole):
+        return
+    held = f"holds {sum(map(len, known.versions.values()))} versions of {registry.MODEL_NAME}, of other models"
+    found = held if known.versions else f"holds no version of {registry.MODEL_NAME}"
+    raise InputError(
+        f"{models.folder} holds {len(whole)} models, first {whole[0]}, but the registry "
+        f"{tracking.redact(tracking.mlflow_uri(root))} {found}, so which of them are needed can't be told, and nothing "
+        "was deleted: set MLFLOW_TRACKING_URI to where they were registered (unset it if that was in the storage "
+        "itself), or delete their folders by hand if they never were"
+    )
+
+
+def _is_whole(folder: str, name: str, files: Mapping[str, storage.FileStat]) -> bool:
+    """Whether a folder is a registered model's, and has its manifest, which is written last."""
+    return bool(_FINGERPRINT.fullmatch(name)) and storage.join(folder, name, MANIFEST_NAME) in files
+
+
 def _all_versions(client: MlflowClient) -> Iterator[ModelVersion]:
     token = None
     while True:
@@ -205,9 +234,12 @@ def _models_of_running(client: MlflowClient) -> set[str]:
 
 
 def what_is_needed(root: str, known: Registry) -> Needed:
-    """Everything that the lineage of the versions that something points to names."""
+    """Everything that the lineage of the versions that something points to names, and what trainings go on from."""
     needed = Needed()
     todo = list(known.pointed_to)
+    for bases, data in _read_by_trainings(root):
+        todo += bases
+        needed.data |= {storage.join(root, "embedded", name) for name in data}
     while todo:
         folder = storage.join(root, "models", todo.pop())
         if folder in needed.models:
@@ -226,6 +258,24 @@ def what_is_needed(root: str, known: Registry) -> Needed:
     return needed
 
 
+def _read_by_trainings(root: str) -> Iterator[tuple[list[str], list[str]]]:
+    """Of each stage, fingerprints of the models that its last and best checkpoints were trained on, without which these
+    are worth nothing; and names of the data that it has read, NAME/MODE."""
+    top = storage.join(root, "checkpoints")
+    for folder in _groups(_Listing(top).files, top, 2):
+        pointers = _pointers(folder)
+        metas = [_meta(storage.join(folder, str(pointer.get("path", "-")))) for pointer in pointers]
+        inputs = [data.name for meta in metas if meta is not None for data in meta.inputs]
+        begun = storage.find_json(storage.join(folder, "run.json")) or {}  # also of one without a checkpoint
+        inputs += [str(data["name"]) for data in begun.get("inputs", ())]
+        yield [meta.base_fingerprint for meta in metas if meta is not None], inputs
+
+
+def _pointers(folder: str) -> list[dict[str, Any]]:
+    """What a stage's pointers hold, the last one's first; one that isn't there is empty."""
+    return [storage.find_json(storage.join(folder, name)) or {} for name in POINTERS]
+
+
 def _here(root: str, uri: str, top: str, depth: int) -> str:
     """The same place in the storage at hand, which may have moved since."""
     return storage.join(root, top, *uri.rstrip("/").split("/")[-depth:])
@@ -241,9 +291,9 @@ class _Listing:
         self.folder = folder
         self.files = storage.list_stats(folder)
 
-    def below(self, *names: str) -> dict[str, storage.FileStat]:
-        prefix = storage.join(self.folder, *names) + "/" if names else self.folder.rstrip("/") + "/"
-        return {uri: found for uri, found in self.files.items() if uri.startswith(prefix)}
+    def by_name(self) -> dict[str, dict[str, storage.FileStat]]:
+        """The files of each folder in it."""
+        return {storage.name_of(uri): files for uri, files in _groups(self.files, self.folder, 1).items()}
 
 
 def _groups(files: Mapping[str, storage.FileStat], folder: str, depth: int) -> dict[str, dict[str, storage.FileStat]]:
@@ -279,8 +329,10 @@ def _find_in_data(root: str, needed: Needed, before_ns: int) -> Iterator[Found]:
             continue
         manifest = storage.join(folder, embedded.MANIFEST_NAME)
         if manifest not in files:
-            if folder not in needed.data and _is_quiet(files, before_ns):
-                yield _as_found("data", folder, "begun and never finished: it has no manifest", files)
+            if _is_begun(files, folder):
+                yield from _find_temporary(files, before_ns)
+            elif folder not in needed.data and _is_quiet(files, before_ns):
+                yield _as_found("data", folder, "begun, and no slice of it was finished", files)
             continue
         yield from _find_temporary(files, before_ns)
         if not _is_quiet(files, before_ns):
@@ -295,6 +347,13 @@ def _find_in_data(root: str, needed: Needed, before_ns: int) -> Iterator[Found]:
             uri = storage.join(folder, f"{stem}.parquet")
             if uri in own:  # of a slice without rows there are an entry and a quarantine, and no file
                 yield _as_found("slice", uri, "not in the data's manifest", own)
+
+
+def _is_begun(files: Iterable[str], folder: str) -> bool:
+    """Whether embedded data has anything that a job would go on with or read: its manifest, or what is entered."""
+    entries = storage.join(folder, embedded.ENTRIES_FOLDER) + "/"
+    manifest = storage.join(folder, embedded.MANIFEST_NAME)
+    return any(uri == manifest or (uri.startswith(entries) and not storage.is_temporary(uri)) for uri in files)
 
 
 def _listed_slices(folder: str) -> set[str]:
@@ -313,7 +372,7 @@ def _find_in_checkpoints(root: str, needed: Needed, before_ns: int) -> Iterator[
     for folder, files in _groups(_Listing(top).files, top, 2).items():
         if not _is_quiet(files, before_ns):
             continue  # a training under way writes its progress all the time
-        pointers = [storage.find_json(storage.join(folder, name)) or {} for name in ("latest.json", "best.json")]
+        pointers = _pointers(folder)
         pointed_to = {str(pointer["path"]) for pointer in pointers if "path" in pointer}
         last = _meta(storage.join(folder, str(pointers[0].get("path", "-"))))
         for uri, own in _groups(files, folder, 1).items():
@@ -345,13 +404,14 @@ def _why_not(meta: checkpoint.Meta | None, last: checkpoint.Meta | None) -> str:
     return f"of later steps than the stage's last ({last.step})" if meta.step > last.step else ""
 
 
-def _find_in_models(root: str, needed: Needed, known: Registry, before_ns: int) -> Iterator[Found]:
-    top = storage.join(root, "models")
-    for folder, files in _groups(_Listing(top).files, top, 1).items():
+def _find_in_models(models: _Listing, needed: Needed, known: Registry, before_ns: int) -> Iterator[Found]:
+    for name, files in models.by_name().items():
+        folder = storage.join(models.folder, name)
         if folder in needed.models or not _is_quiet(files, before_ns):
             continue
-        name = storage.name_of(folder)
-        if _BEING_WRITTEN.fullmatch(name) or storage.join(folder, MANIFEST_NAME) not in files:
+        if not _is_whole(models.folder, name, files):
+            if storage.join(folder, MANIFEST_NAME) in files and not _BEING_WRITTEN.fullmatch(name):
+                continue  # a base that somebody imported to here
             yield _as_found("half-written", folder, "a model that was being assembled", files)
             continue
         versions = known.versions.get(name, ())

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nexusgen.schema import StoredDtype
+from pipelines.lora import LoraConfig
 from pipelines.plan_goodput import Failures
 from pipelines.plan_rates import Assumptions, Calibration, Devices
 from pipelines.plan_sizes import BF16_BYTES, FP32_BYTES, STATE_NUMBERS, ModelSizes, Shares
@@ -19,6 +20,7 @@ from pipelines.plan_sizes import BF16_BYTES, FP32_BYTES, STATE_NUMBERS, ModelSiz
 HOUR_S = 3600.0
 HOURS_PER_MONTH = 730.0
 STAGE_JOBS = {stage: f"train {stage}" for stage in ("ar", "generation_decoder", "editing_decoder")}
+NOT_DRAWN = {"understanding", "answered", "prediction", "autoencoder", "another"}  # items of an evaluation
 NUM_VERSIONS = 2  # that a road registers
 
 
@@ -35,6 +37,13 @@ class Training:
     virtual_streams: int
     sharded: bool
     num_workers: int  # of the configuration
+    lora: LoraConfig | None = None
+    is_averaged: bool = False  # an average of the weights is kept, in each checkpoint
+
+    @property
+    def state_numbers(self) -> int:
+        """In a checkpoint, for each trained parameter."""
+        return STATE_NUMBERS + self.is_averaged
 
 
 @dataclass(frozen=True)
@@ -168,13 +177,20 @@ def plan_storage(request: Request) -> list[StorageRow]:
         embeddings("predicted", "predicted", edits, sizes.target_tokens),
     ]
     for stage, training in request.trainings.items():
-        parameters = sizes.parameters[stage]
+        parameters = sizes.trained_parameters(stage, training.lora)
         count = training.keep_checkpoints + 1  # and the best
-        formula = f"{count} x {parameters:,} weights, with two moments each, x {FP32_BYTES} B"
-        rows.append(StorageRow(f"checkpoints/{stage}", count, parameters * STATE_NUMBERS * FP32_BYTES, formula))
+        kept = "two moments and an average" if training.is_averaged else "two moments"
+        formula = f"{count} x {parameters:,} weights{_lora(training)}, with {kept} each, x {FP32_BYTES} B"
+        rows.append(StorageRow(f"checkpoints/{stage}", count, state_bytes(request, stage), formula))
     formula = f"{NUM_VERSIONS} versions x {sizes.model_bytes:,} B"
     rows.append(StorageRow("models", NUM_VERSIONS, sizes.model_bytes, formula))
     return rows
+
+
+def state_bytes(request: Request, stage: str) -> float:
+    """Of a checkpoint: what is trained, its moments and its average."""
+    training = request.trainings[stage]
+    return request.sizes.trained_parameters(stage, training.lora) * training.state_numbers * FP32_BYTES
 
 
 # --- jobs -------------------------------------------------------------------------------------------------------------
@@ -207,7 +223,7 @@ def plan_jobs(request: Request) -> list[JobRow]:
     formula += f"{_si(each - forward)}FLOP of the tower over {shown_tokens})"
     rows.append(_row(request, "embed predicted", number, edits * each, encoding, formula))
     rows.append(_training_row(request, "editing_decoder"))
-    pictures = sum(count for kind, count in request.items.items() if kind != "understanding")
+    pictures = sum(count for kind, count in request.items.items() if kind not in NOT_DRAWN)
     per_step = sizes.decoder.flops(sizes.latent_tokens + sizes.target_tokens, 1) / 3
     flops = pictures * sizes.steps * sizes.passes * per_step
     formula = f"{pictures:,} pictures x {sizes.steps} steps x {sizes.passes} passes x {_si(per_step)}FLOP"
@@ -236,13 +252,10 @@ def tokens_of_sample(request: Request, stage: str) -> float:
 
 def step_flops(request: Request, stage: str) -> float:
     """Operations of an optimizer step."""
-    work = {
-        "ar": request.sizes.autoregressive,
-        "generation_decoder": request.sizes.decoder,
-        "editing_decoder": request.sizes.editing_decoder,
-    }[stage]
+    training = request.trainings[stage]
     samples, tokens = samples_of_step(request, stage), tokens_of_sample(request, stage)
-    return work.flops(samples * tokens, samples, recomputes=request.trainings[stage].recomputes)
+    work = request.sizes.work(stage, training.lora)
+    return work.flops(samples * tokens, samples, recomputes=training.recomputes)
 
 
 def training_workers(training: Training, number: int) -> int:
@@ -258,6 +271,9 @@ def _training_row(request: Request, stage: str) -> JobRow:
         f"{training.num_steps:,} steps x {samples:,.1f} samples x {tokens:,.0f} tokens "
         f"({epochs:.2f} epochs) x {_si(flops / samples / tokens)}FLOP"
     )
+    if training.lora is not None:
+        trained = request.sizes.work(stage, training.lora).trained
+        formula += f", {trained:,} of the parameters trained{_lora(training)}"
     workers = training_workers(training, request.devices.number)
     total = training.num_steps * flops
     return _row(request, STAGE_JOBS[stage], workers, total, request.assumptions.training_utilisation, formula)
@@ -393,7 +409,7 @@ def _goodput(request: Request, stage: str) -> dict[str, Any]:
     workers = training_workers(training, request.devices.number)
     assert request.devices.peak is not None
     step_s = step_flops(request, stage) / (workers * request.devices.peak * assumed.training_utilisation)
-    state = request.sizes.parameters[stage] * STATE_NUMBERS * FP32_BYTES
+    state = state_bytes(request, stage)
     writers = workers if training.sharded else 1
     failures = Failures(
         mean_s=assumed.gpu_hours_between_failures * HOUR_S / workers,
@@ -424,6 +440,11 @@ def _goodput(request: Request, stage: str) -> dict[str, Any]:
 
 
 # --- words ------------------------------------------------------------------------------------------------------------
+
+
+def _lora(training: Training) -> str:
+    """What is told beside a number of parameters that are trained."""
+    return "" if training.lora is None else f" (LoRA of rank {training.lora.rank})"
 
 
 def _total(values: Any) -> float | None:

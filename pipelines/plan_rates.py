@@ -5,7 +5,9 @@ What isn't known exactly stands in plan_rates.yaml, each figure with its source.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from nexusgen.schema import Task
 from pipelines.flops import PEAK_FLOPS, peak_flops
 
 RATES_FILE = Path(__file__).with_name("plan_rates.yaml")
+ELSEWHERE = ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")  # what rates are measured by touches neither
 CPU = "CPU"  # in place of a GPU's kind: this machine's cores, whose rates are measured
 
 
@@ -68,6 +71,20 @@ def parse_devices(text: str) -> Devices:
     if peak is None:
         raise UsageError(f"--gpus {text}: the peak of {kind!r} isn't known; known are {known}, and 1xCPU")
     return Devices(int(number), kind, peak)
+
+
+@contextmanager
+def on_this_machine() -> Iterator[None]:
+    """Jobs of the body have a Ray and an MLflow of their own, whatever the environment names.
+
+    A small walk registers and promotes models that are worth nothing: they mustn't meet those of a real registry. And
+    its storage is a folder of this machine, which a cluster's nodes don't see.
+    """
+    hidden = {name: os.environ.pop(name) for name in ELSEWHERE if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nexusgen import defaults
 from nexusgen.schema import StoredDtype, Task
 from pipelines.flops import ModelWork
+from pipelines.lora import LoraConfig
+
+if TYPE_CHECKING:
+    from nexusgen.model.autoregressive import AutoregressiveModel
 
 BF16_BYTES, FP32_BYTES = 2, 4
 STATE_NUMBERS = 3  # in a checkpoint for each trained parameter: weight and both of AdamW's moments, fp32
@@ -37,12 +42,37 @@ class ModelSizes:
     autoregressive: ModelWork
     decoder: ModelWork
     editing_decoder: ModelWork
-    parameters: Mapping[str, int]  # trained ones by stage
+    parameters: Mapping[str, int]  # trained ones by stage, without LoRA
+    adapted: Mapping[str, int]  # of the language model's linear layers, by name: numbers in and out, of all layers
+    head: int  # parameters of the vision head
+    queries: int  # of the query embeddings, which multiply no token
     model_bytes: int  # of a published folder
 
     @property
     def latent_numbers(self) -> int:
         return math.prod(self.latents)
+
+    def trained_parameters(self, stage: str, lora: LoraConfig | None) -> int:
+        """What a stage trains; with LoRA the adapters, and in full the vision head and the query embeddings."""
+        if lora is None:
+            return self.parameters[stage]
+        return self.adapter_parameters(lora) + self.head + self.queries
+
+    def adapter_parameters(self, lora: LoraConfig) -> int:
+        """Of a layer of `in` and `out` numbers: rank x (in + out)."""
+        return lora.rank * sum(self.adapted[target] for target in lora.targets)
+
+    def work(self, stage: str, lora: LoraConfig | None) -> ModelWork:
+        """The arithmetic of a stage. With LoRA all but the head is frozen, and adapters come to it."""
+        works = {
+            "ar": self.autoregressive,
+            "generation_decoder": self.decoder,
+            "editing_decoder": self.editing_decoder,
+        }
+        work = works[stage]
+        if lora is None:
+            return work
+        return replace(work, trained=self.adapter_parameters(lora) + self.head, frozen=work.trained - self.head)
 
     def tower_flops(self, tokens: float) -> float:
         """Of the vision tower over a picture of so many tokens: 2 for each parameter and patch (attention left out)."""
@@ -75,6 +105,17 @@ RELEASED = ModelSizes(
         "generation_decoder": 11_932_890_176,
         "editing_decoder": 12_260_339_776,
     },
+    adapted={
+        "q_proj": 200_704,
+        "k_proj": 114_688,
+        "v_proj": 114_688,
+        "o_proj": 200_704,
+        "gate_proj": 630_784,
+        "up_proj": 630_784,
+        "down_proj": 630_784,
+    },
+    head=12_845_056,
+    queries=290_304,
     model_bytes=BF16_BYTES * (8_305_302_016 + 11_932_890_176 + 12_260_339_776 + 83_819_683),
 )
 
@@ -152,8 +193,23 @@ def sizes_of(folder: Path) -> ModelSizes:
         decoder=work_of(decoder),
         editing_decoder=work_of(decoder),
         parameters=parameters,
+        adapted=adapted_of(model),
+        head=_count(model.vision_head),
+        queries=_count(model.image_prefill_embeds),
         model_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
     )
+
+
+def adapted_of(model: AutoregressiveModel) -> dict[str, int]:
+    """Numbers in and out of the language model's linear layers, by name."""
+    from torch import nn
+
+    found: dict[str, int] = {}
+    for name, part in model.qwen.model.language_model.named_modules():
+        if isinstance(part, nn.Linear):
+            kind = name.rpartition(".")[2]
+            found[kind] = found.get(kind, 0) + part.in_features + part.out_features
+    return found
 
 
 def _count(module: object) -> int:

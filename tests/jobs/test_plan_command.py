@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from jobs.chain import load_road
 from jobs.command import DEMO_CONFIGS
 from jobs.planning import request_of, small_road, walk_small, write_small_tar
 from nexusgen.errors import InputError
+from pipelines import tracking
 from pipelines.pack import PackConfig, pack
 from pipelines.plan import make_plan, units_of
-from pipelines.plan_rates import parse_devices
+from pipelines.plan_rates import on_this_machine, parse_devices
 from pipelines.shards import ReadOptions, ShardReader
 
 FULL_SIZE = DEMO_CONFIGS.parent / "7b" / "road.yaml"
@@ -65,6 +67,20 @@ def test_what_a_configuration_says_counts(capsys: pytest.CaptureFixture[str]) ->
     assert smaller / target == pytest.approx(0.5, rel=0.01)
     hours = [next(job["gpu_hours"] for job in found["jobs"] if job["job"] == "train ar") for found in (plain, other)]
     assert hours[1] == pytest.approx(2 * hours[0])
+    _, small, _ = plan(capsys, *wanted, "train_ar.lora={rank: 16}", "train_generation_decoder.ema_decay=0.99")
+    room = {row["kind"]: (row["bytes"], row["formula"]) for row in small["storage"]}
+    assert room["checkpoints/ar"] == (
+        3 * 53_505_536 * 3 * 4,
+        "3 x 53,505,536 weights (LoRA of rank 16), with two moments each, x 4 B",
+    )
+    whole = {row["kind"]: row["bytes"] for row in plain["storage"]}
+    name = "checkpoints/generation_decoder"
+    assert room[name][0] == pytest.approx(whole[name] * 4 / 3)
+    assert "with two moments and an average each" in room[name][1]
+    row = next(job for job in small["jobs"] if job["job"] == "train ar")
+    assert row["gpu_hours"] < 0.8 * hours[0]
+    assert "53,215,232 of the parameters trained (LoRA of rank 16)" in row["formula"]
+    assert small["goodput"]["ar"]["checkpoint_s"] < 0.01 * plain["goodput"]["ar"]["checkpoint_s"]
     _, mixed, _ = plan(capsys, *wanted, "train_ar.mixture={generation: 1, editing: 1}")
     assert mixed["shares"] == {"understanding": 0.0, "generation": 0.5, "editing": 0.5}
 
@@ -84,6 +100,8 @@ def test_what_a_configuration_says_counts(capsys: pytest.CaptureFixture[str]) ->
         (["--samples", "10", "--gpus", "1xCPU"], "add --calibrate to measure them"),
         (["--samples", "10", "--gpus", "8xH100", "--calibrate"], "which has no GPU; leave out --calibrate"),
         (["--samples", "10", "--gpus", "1xCPU", "--calibrate"], "--calibrate takes a tenth of them, and needs 100"),
+        (["--samples", "10", "--gpus", "8xH100", "train_ar.embeddings=online"], "train_ar.embeddings=online: a road"),
+        (["--samples", "10", "--gpus", "8xH100", "embed_vision.mode=images"], "embed_vision.mode=images: a road's dec"),
         (["--samples", "10", "--gpus", "8xH100", "train_ar.nmu_steps=3"], "did you mean 'num_steps'"),
     ],
 )
@@ -116,6 +134,22 @@ def test_the_small_road_has_a_tenth_at_most(tmp_path: Path) -> None:
         assert getattr(small.evaluate, kind) <= 0.1 * getattr(road.evaluate, kind)
 
 
+def test_the_small_road_reads_the_data_that_it_makes(tmp_path: Path) -> None:
+    named = ["train_ar.data=[one, two]", "evaluate.data=held-out", "evaluate.suites=[held_out]"]
+    road = load_road(DEMO, [f"storage={tmp_path}/big", *named])
+    small = small_road(road, 34_000, str(tmp_path))
+    assert small.train_ar.data_names == [road.name] == [small.embed_vision.name]
+    assert small.evaluate.data == road.name
+    assert small_road(load_road(DEMO), 34_000, str(tmp_path)).evaluate.data is None
+    items = request_of(road, 34_000, parse_devices("1xCPU"), None).items
+    assert items == {"drawn": road.evaluate.max_samples, "answered": road.evaluate.max_samples}
+    both = load_road(DEMO, ["evaluate.suites=[demo_world, reconstruction]", "evaluate.max_samples=50"])
+    items = dict(request_of(both, 34_000, parse_devices("1xCPU"), None).items)
+    assert items == {"generation": 194, "explicit": 96, "understanding": 192, "editing": 190} | dict.fromkeys(
+        ("autoencoder", "another"), 50
+    )
+
+
 def test_a_small_tar_of_own_tars(tmp_path: Path) -> None:
     pack(PackConfig(storage=str(tmp_path), name="n", counts={"generation": 30, "editing": 30}, samples_per_shard=10))
     tars = str(tmp_path / "tars" / "n")
@@ -131,7 +165,10 @@ def test_a_small_tar_of_own_tars(tmp_path: Path) -> None:
 def test_rates_are_measured_by_a_real_walk(
     ray_cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    elsewhere = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/elsewhere.db", "RAY_ADDRESS": "127.0.0.1:1"}
+    for name, value in elsewhere.items():
+        monkeypatch.setenv(name, value)
+    registry_elsewhere = tracking.connect(str(tmp_path))
     settings = [
         f"storage={tmp_path}/big",
         "pack.counts={generation: 60, editing: 30, understanding: 30}",
@@ -141,6 +178,10 @@ def test_rates_are_measured_by_a_real_walk(
         *(f"train_{stage}.num_steps=40" for stage in ("ar", "generation_decoder", "editing_decoder")),
         *(f"train_{stage}.batch_samples=4" for stage in ("ar", "generation_decoder", "editing_decoder")),
         "train_ar.mixture=null",
+        "train_ar.data=[one, two]",  # neither is there, nor anywhere
+        "evaluate.suites=[demo_world, held_out]",
+        "evaluate.data=held-out",
+        "evaluate.max_samples=40",
         "train_editing_decoder.num_workers=1",
         "evaluate.per_category=10",
         "evaluate.num_explicit=10",
@@ -151,10 +192,15 @@ def test_rates_are_measured_by_a_real_walk(
     ]
     road = load_road(DEMO, settings)
     found = walk_small(road, 800, lambda text: None)
+    assert registry_elsewhere.search_registered_models() == []
+    assert registry_elsewhere.search_runs(["0"]) == []
+    assert len(registry_elsewhere.search_experiments()) == 1  # MLflow's own
+    assert {name: os.environ[name] for name in elsewhere} == elsewhere
     assert found["embed vision"].rates["samples"].units == 80
     assert found["train ar"].rates["steps"].units == 4
     assert found["train editing_decoder"].rates["checkpoints"].units == 1
     assert found["evaluate"].rates["understanding"].units == 2
+    assert found["evaluate"].rates["drawn"].units == 4
     request = request_of(road, 800, parse_devices("1xCPU"), None)
     for job, rates in found.items():
         small = {kind: rate.units for kind, rate in rates.rates.items()}
@@ -166,6 +212,21 @@ def test_rates_are_measured_by_a_real_walk(
     assert {row.job for row in plan.jobs} == set(found)
     assert "800 samples x" in next(row.formula for row in plan.jobs if row.job == "embed vision")
     assert not (tmp_path / "big").exists()
+
+
+def test_what_is_measured_here_knows_no_cluster_and_no_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+    def job() -> None:
+        with on_this_machine():
+            assert "RAY_ADDRESS" not in os.environ
+            raise InputError("a job failed")
+
+    with pytest.raises(InputError, match="a job failed"):
+        job()
+    assert os.environ["RAY_ADDRESS"] == "head:6379"
+    assert "MLFLOW_TRACKING_URI" not in os.environ
 
 
 def test_a_roads_prices_are_those_of_its_jobs() -> None:

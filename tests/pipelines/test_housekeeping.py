@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,9 @@ from jobs import cli
 from nexusgen.errors import InputError
 from nexusgen.model.weights import load_model
 from pipelines import checkpoint, embedded, registry, storage, tracking
+from pipelines.embed import EmbedConfig, embed
 from pipelines.housekeeping import Found, delete_garbage, find_garbage
+from pipelines.pack import PackConfig, pack
 from pipelines.registry import PromoteConfig, RegisterConfig, promote, register
 
 DAY_S = 86400.0
@@ -171,6 +174,35 @@ def test_models_without_an_alias_go_with_their_versions(tmp_path: Path, base: Pa
 
 
 @pytest.mark.usefixtures("no_server")
+def test_what_a_stopped_training_goes_on_from_stays(tmp_path: Path, base: Path) -> None:
+    uri = str(tmp_path)
+    road_by_hand(uri, base)
+    fingerprint = register(RegisterConfig(storage=uri, name=NAME, model=str(base))).outputs["fingerprint"]
+    assert kinds(later(uri)) == [("model", fingerprint)]
+    listed = later(uri)
+    version = registry.resolve_model("models:/nexusgen/1", uri)
+    train_by_hand(uri, version, "editing_decoder", [], 0.0)  # its run has ended, and no alias leads to the version
+    assert later(uri) == []
+    assert delete_garbage(uri, listed) == 0  # begun since it was listed
+    stage = Path(checkpoint.stage_folder(uri, NAME, "editing_decoder"))
+    (stage / "latest.json").rename(stage / "best.json")
+    assert later(uri) == []
+    assert load_model(registry.resolve_model("models:/nexusgen/1", uri)).manifest.fingerprint == fingerprint
+    checkpoint.forget(str(stage))
+    assert ("model", fingerprint) in kinds(later(uri))
+
+
+@pytest.mark.usefixtures("no_server")
+def test_an_imported_base_stays(tmp_path: Path, base: Path) -> None:
+    uri = str(tmp_path)
+    shutil.copytree(base, tmp_path / "models" / "imported")
+    assert later(uri) == []
+    road_by_hand(uri, tmp_path / "models" / "imported")
+    register(RegisterConfig(storage=uri, name=NAME, model=str(tmp_path / "models" / "imported")))
+    assert "imported" not in [name for _, name in kinds(later(uri))]
+
+
+@pytest.mark.usefixtures("no_server")
 def test_what_somebody_works_at_is_left_alone(tmp_path: Path, base: Path) -> None:
     uri = str(tmp_path)
     two_versions(uri, base)
@@ -182,6 +214,78 @@ def test_what_somebody_works_at_is_left_alone(tmp_path: Path, base: Path) -> Non
     for place in ("embedded/shapes/vision/x-0123abcd-00001.parquet", "checkpoints/shapes/ar/progress.json"):
         (tmp_path / place).write_bytes(b"{}")  # jobs under way write
     assert {one.kind for one in find_garbage(uri, DAY_S)} == {"data", "half-written"}
+
+
+@pytest.mark.parametrize("registry_at_hand", ["missing", "empty", "another"])
+def test_a_registry_that_knows_no_model_deletes_nothing(
+    registry_at_hand: str,
+    tmp_path: Path,
+    no_server: None,
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    uri = str(tmp_path / "storage")
+    road_by_hand(uri, base)
+    fingerprint = register(RegisterConfig(storage=uri, name=NAME, model=str(base))).outputs["fingerprint"]
+    elsewhere = f"sqlite:///{tmp_path}/elsewhere.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", elsewhere)
+    if registry_at_hand != "missing":
+        client = tracking.connect(uri)
+    if registry_at_hand == "another":
+        client.create_registered_model(registry.MODEL_NAME)
+        run = client.create_run("0")
+        tags = {tracking.TAG_FINGERPRINT: "f" * 16}
+        client.create_model_version(registry.MODEL_NAME, str(tmp_path), run.info.run_id, tags)
+    before = storage.list_stats(uri)
+    held = "1 versions of nexusgen, of other models" if registry_at_hand == "another" else "no version of nexusgen"
+    message = (
+        rf"models holds 1 models, first {fingerprint}, but the registry {elsewhere} holds {held}.*nothing was dele"
+    )
+    with pytest.raises(InputError, match=message):
+        later(uri)
+    assert cli.main(["gc", "--storage", uri, "--older-than", "0m"]) == 1
+    assert "set MLFLOW_TRACKING_URI to where they were registered" in capsys.readouterr().err
+    assert storage.list_stats(uri) == before
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert kinds(later(uri)) == [("model", fingerprint)]
+
+
+@pytest.mark.timeout(900)
+def test_an_embed_job_that_was_stopped_goes_on_after_gc(
+    tmp_path: Path, base: Path, no_server: None, ray_cluster: Any
+) -> None:
+    uri = str(tmp_path / "storage")
+    pack(PackConfig(storage=uri, name=NAME, counts={"generation": 9}, samples_per_shard=3))
+    tars = sorted(storage.list_files(f"{uri}/tars/{NAME}"))
+    shards = [tar for tar in tars if tar.endswith(".tar")]
+    config = EmbedConfig(storage=uri, name=NAME, input=shards[:2], mode="latents", model=str(base))
+    assert embed(config).outputs["slices_reused"] == 0
+    folder = tmp_path / "storage/embedded/shapes/latents"
+    (folder / "manifest.json").unlink()  # the next one had begun with a shard more, and was killed
+    (folder / ".x.parquet.tmp-0123456789ab").write_bytes(b"half")
+    found = later(uri)
+    assert kinds(found) == [("half-written", ".x.parquet.tmp-0123456789ab")]
+    delete_garbage(uri, found)
+    again = embed(config.model_copy(update={"input": shards}))
+    assert (again.outputs["slices"], again.outputs["slices_reused"]) == (3, 2)
+
+
+def test_data_that_a_training_has_read_stays(tmp_path: Path, base: Path, no_server: None) -> None:
+    uri = str(tmp_path)
+    make_embedded(uri, NAME, base, num_samples=6)
+    modes = ("vision", "latents", "predicted")
+    read = [checkpoint.DataInput(name=f"{NAME}/{mode}", uri="/e", digest="d", run_id="r") for mode in modes]
+    train_by_hand(uri, base, "ar", read[:1], 0.0)
+    begun = storage.join(checkpoint.stage_folder(uri, NAME, "generation_decoder"), "run.json")
+    storage.write_json(begun, {"run_id": "r", "inputs": [read[1].model_dump()]})
+    for mode in modes:
+        (tmp_path / "embedded" / NAME / mode / "manifest.json").unlink()
+    found = later(uri)
+    assert kinds(found) == [("data", "predicted")]
+    entry = tmp_path / "embedded" / NAME / "predicted" / embedded.ENTRIES_FOLDER / "shard-00000000-00000.json"
+    storage.write_json(str(entry), {})
+    assert (later(uri), delete_garbage(uri, found)) == ([], 0)  # somebody has gone on since it was listed
 
 
 def test_a_damaged_manifest_deletes_nothing(tmp_path: Path, no_server: None, base: Path) -> None:

@@ -15,6 +15,7 @@ from nexusgen.model.decoder import VisionDecoder, released_decoder_config
 from nexusgen.model.manifest import demo_base
 from nexusgen.model.weights import hollow_autoregressive
 from pipelines.flops import work_of
+from pipelines.lora import LoraConfig, add_adapters
 from pipelines.plan import (
     Request,
     Training,
@@ -26,7 +27,8 @@ from pipelines.plan import (
 )
 from pipelines.plan_goodput import Failures
 from pipelines.plan_rates import Calibration, Rate, calibrate, parse_devices, read_assumptions
-from pipelines.plan_sizes import RELEASED, Shares, sizes_of
+from pipelines.plan_sizes import RELEASED, Shares, adapted_of, sizes_of
+from pipelines.stages import hollow_stage
 
 SIZES = Path(__file__).parents[1] / "nexusgen"
 SAMPLES = 26_300_000
@@ -86,6 +88,12 @@ def test_the_released_sizes_are_those_of_its_modules() -> None:
 
     model.qwen.model.visual = torch.nn.Identity()
     assert RELEASED.autoregressive == work_of(model)
+    assert RELEASED.adapted == adapted_of(model)
+    lora = LoraConfig(rank=8, targets=("q_proj", "down_proj"))
+    add_adapters(model, lora, torch.bfloat16)
+    assert RELEASED.work("ar", lora) == work_of(model)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert RELEASED.trained_parameters("ar", lora) == trained
     for kind in ("generation", "editing"):
         config, sizes = released_decoder_config(kind)  # type: ignore[arg-type]
         with torch.device("meta"):
@@ -123,6 +131,11 @@ def test_all_of_one_task() -> None:
 
 def test_sizes_of_a_folder() -> None:
     sizes = sizes_of(demo_base())
+    lora = LoraConfig(rank=4)
+    with_adapters = hollow_stage("ar", demo_base(), "logit_normal", lora=lora).module
+    trained = sum(parameter.numel() for parameter in with_adapters.parameters() if parameter.requires_grad)
+    assert sizes.trained_parameters("ar", lora) == trained
+    assert sizes.work("ar", lora) == work_of(with_adapters)
     assert (sizes.target_tokens, sizes.reference_tokens, sizes.image_pixels) == (9, 36, 96 * 96)
     assert sizes.steps == 8
     assert sizes.passes == 1
