@@ -13,7 +13,9 @@ of that, and takes the rest for what a job costs whatever it does.
 
 CPU seconds are those of the driver and of all that descends from it, Ray's own processes among them, as `CpuMeter` sees
 them; workers on other machines, or of a cluster that somebody else started, report their own. Of a training only the
-workers count, all ranks, as two trainings may share a driver. GPU seconds are those allocated, busy or not.
+workers count, all ranks, as two trainings may share a driver. GPU seconds are those allocated, busy or not; of a
+training since its workers' work began. Attempts enter themselves as work is done, but `register` does so at its
+beginning and end alone: of one that is killed nothing is told.
 """
 
 from __future__ import annotations

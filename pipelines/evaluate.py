@@ -292,7 +292,8 @@ def _evaluate_suites(
         cluster.enter_context(runtime.ray_cluster(config.num_actors * config.actor_cpus + READER_CPUS, "evaluate"))
         with runtime.CpuMeter() as meter, _open_run(config, model, parent_run_id) as run:
             uri = account_uri(config.storage, "evaluate", model.fingerprint)
-            recipe = json.dumps({suite.path: suite.settings for suite in todo}, sort_keys=True)
+            # Of all suites: a killed evaluation that is started again has fewer left to do, and is the same one.
+            recipe = json.dumps({suite.path: suite.settings for suite in suites}, sort_keys=True)
             account = Account(uri, run.run_id, recipe, config.prices, meter, workers=config.num_actors)
             try:
                 for suite in todo:

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
@@ -258,6 +257,7 @@ def run_training(
     Returns why it stopped before the last step, the same on all ranks, with the checkpoint in its place; else NONE.
     Raises: NexusgenError naming the samples if too many steps had to be skipped.
     """
+    begun_s = time.monotonic()
     notices = notices or Notices()
     config = config.model_copy(update={"precision": resolve_precision(config.precision, ranks.device.type == "cuda")})
     folder = resolve_model(config.model, config.storage)
@@ -299,7 +299,7 @@ def run_training(
     follower = Follower(config, run, place, ranks.rank, ranks.world_size, utilisation)
     told = follower.show_checkpoint
     saver = checkpoint.Saver(place, ranks.rank, ranks.world_size, config.keep_checkpoints, told)
-    account = _open_account(config, run_id, ranks)
+    account = _open_account(config, run_id, ranks, time.monotonic() - begun_s)
     _enter_use(account, ranks, 0)  # what it took to get here
     num_entered, steps_entered, started_s = meta.num_samples, meta.step, time.monotonic()
     stopped = Notice.NONE
@@ -357,12 +357,15 @@ def run_training(
     return stopped
 
 
-def _open_account(config: TrainConfig, run_id: str, ranks: Ranks) -> Account | None:
-    """The account of this attempt, which rank 0 keeps. GPUs are allocated since its process began."""
+def _open_account(config: TrainConfig, run_id: str, ranks: Ranks, for_s: float) -> Account | None:
+    """The account of this attempt, which rank 0 keeps and whose work began `for_s` seconds ago.
+
+    Since then its GPUs count: a worker's process may be older, and have served others.
+    """
     if ranks.rank != 0:
         return None
     account = Account(account_uri(config.storage, "train", config.name, config.stage), run_id, run_id, config.prices)
-    account.hold_gpus(ranks.world_size * config.gpus_per_worker, time.time() - psutil.Process().create_time())
+    account.hold_gpus(ranks.world_size * config.gpus_per_worker, for_s)
     return account
 
 

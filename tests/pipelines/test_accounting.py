@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,14 @@ def test_a_training_counts_all_ranks_and_restarts(
     total = finish_account(uri, "r")
     assert total.samples == first["samples"] + 18
     assert total.cpu_seconds == pytest.approx(first["cpu_seconds"] + second["cpu_seconds"])
+
+
+def test_a_trainings_gpus_count_since_its_work_began(storage_uri: str, model: Path) -> None:
+    config = make_config(storage_uri, model, name="gpus", num_steps=1, gpus_per_worker=1, precision="fp32")
+    started = time.monotonic()
+    run_training(config, "r", Ranks(), None)  # in this process, which is older
+    (attempt,) = read_attempts(account_uri(storage_uri, "train", "gpus", "ar"))
+    assert 0 < attempt["gpu_seconds"] <= time.monotonic() - started
 
 
 def test_the_card_sums_over_the_lineage(tmp_path: Path, base: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -19,8 +20,10 @@ from nexusgen.config import dump_config, parse_config
 from nexusgen.errors import ConfigError, ModelError, UsageError
 from nexusgen.model.manifest import read_manifest
 from pipelines import registry, tracking
+from pipelines.accounting import account_uri, read_attempts
 from pipelines.evaluate import EvaluateConfig, evaluate
 from pipelines.evaluation_report import shown_number
+from pipelines.storage import write_json
 from pipelines.suite_demo_world import DemoWorldSuite
 from pipelines.suites import Unit
 from pipelines.unit_rows import UnitRows
@@ -93,6 +96,19 @@ def test_scores_land_in_storage_and_mlflow_and_are_used_again(ray_cluster: Any, 
     assert again.reused
     assert again.outputs == report.outputs
     assert again.seconds < 5
+
+    # As one that was killed after its first suite leaves it: started again, it tells what both attempts used.
+    uri = account_uri(str(tmp_path), "evaluate", fingerprint)
+    (attempt,) = read_attempts(uri)
+    write_json(uri, {"attempts": [attempt | {"finished": False, "samples": 10}]})
+    shutil.rmtree(folder.parent / "held_out")
+    evaluate(config)
+    first, second = read_attempts(uri)
+    assert first["finished"]
+    assert second["samples"] > 0
+    metrics = client.get_run(second["run_id"]).data.metrics
+    assert metrics["job/samples"] == 10 + second["samples"]
+    assert metrics["job/cpu_hours"] == pytest.approx((first["cpu_seconds"] + second["cpu_seconds"]) / 3600)
 
 
 def test_held_out_without_data_is_a_config_error(tmp_path: Path) -> None:
