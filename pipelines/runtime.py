@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -35,12 +36,23 @@ SECRET_VARIABLES = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN",
     "MLFLOW_TRACKING_TOKEN",
     "MLFLOW_TRACKING_USERNAME",
     "MLFLOW_TRACKING_PASSWORD",
     "NEXUSGEN_API_KEYS",
     "NEXUSGEN_JUDGE_API_KEY",
 )
+# What is no secret, unless it holds one.
+ADDRESS_VARIABLES = (
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_S3_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+)
+_SECRET_IN_URI = re.compile(r"://[^/@\s]+@|[?&][^=&]*(?:key|password|secret|token)[^=&]*=", re.IGNORECASE)
 _FORWARDED = (
     "NEXUSGEN_API_KEYS",
     "MLFLOW_TRACKING_URI",
@@ -223,6 +235,11 @@ class CpuMeter:
                 self._last_seen[identity] = times.user + times.system
 
 
+def holds_secret(address: str) -> bool:
+    """Whether an address has a user or password in it, in front of its host or among its parameters."""
+    return _SECRET_IN_URI.search(address) is not None
+
+
 def is_ray_initialised() -> bool:
     """Whether this process is connected to Ray; doesn't import it."""
     ray = sys.modules.get("ray")  # importing ray takes a second, and a refusal needs none of it
@@ -290,17 +307,19 @@ def _check_reachable(address: str) -> None:
 def _worker_environment() -> dict[str, str]:
     """Variables that workers need wherever they run; Ray refuses those that a submitted job already carries.
 
-    A submitted job's driver passes on no secrets: it has them from the job, which gives them to workers itself, or from
-    its node, as the workers do.
+    A submitted job's driver passes on addresses alone, and none with a password: it has all else from the job, which
+    gives it to workers itself, or from its node, as the workers do. Ray shows what is passed on here, too.
     """
     # An actor computes in another thread than its first, and decodes in more: with an arena for each, the C library
     # keeps giving large buffers back to the system and asking for them anew, half of all system time of `embed`.
     wanted = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
-    for name, value in os.environ.items():
-        if name in _FORWARDED or name.startswith(_FORWARDED_PREFIXES):
-            wanted[name] = value
     if _JOB_CONFIG not in os.environ:
+        for name, value in os.environ.items():
+            if name in _FORWARDED or name.startswith(_FORWARDED_PREFIXES):
+                wanted[name] = value
         return wanted
+    for name in ADDRESS_VARIABLES:
+        if (address := os.environ.get(name)) and not holds_secret(address):
+            wanted[name] = address
     carried = json.loads(os.environ[_JOB_CONFIG]).get("runtime_env", {}).get("env_vars", {})
-    kept = (*carried, *SECRET_VARIABLES)
-    return {name: value for name, value in wanted.items() if name not in kept}
+    return {name: value for name, value in wanted.items() if name not in carried}

@@ -24,24 +24,13 @@ from typing import Any
 
 from nexusgen import __version__
 from nexusgen.errors import UsageError
-from pipelines.runtime import SECRET_VARIABLES
+from pipelines.runtime import ADDRESS_VARIABLES, SECRET_VARIABLES, holds_secret
 from pipelines.storage import is_remote
 from pipelines.submit_api import JobApi, JobState
 
 PACKAGES = ("nexusgen", "pipelines", "jobs")
 CONFIG_FOLDER = "config"  # in the job's working folder
 STOP_WAIT_S = 120  # from the order to end until it is killed: a step and its upload must find room
-
-# Addresses, which travel by themselves if they are set here. Anything else is named with --env.
-VARIABLES = (
-    "MLFLOW_TRACKING_URI",
-    "MLFLOW_S3_ENDPOINT_URL",
-    "AWS_ENDPOINT_URL",
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_REGION",
-    "AWS_DEFAULT_REGION",
-)
-_USER_IN_URI = re.compile(r"://[^/@\s]+@")
 
 
 @dataclass(frozen=True)
@@ -82,7 +71,7 @@ def check_reachable(key: str, value: Any) -> None:
 
 
 def variables_of(named: Sequence[str], environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Variables that travel with a job: VARIABLES that are set, and those that are named.
+    """Variables that travel with a job: ADDRESS_VARIABLES that are set, and those that are named.
 
     Raises: UsageError for a named one that isn't set, or an address that would take a password along unasked.
     """
@@ -90,9 +79,9 @@ def variables_of(named: Sequence[str], environment: Mapping[str, str] | None = N
     for name in named:
         if name not in environment:
             raise UsageError(f"--env {name}: there is no such variable here; set it, or leave it to the cluster")
-    found = {name: environment[name] for name in (*VARIABLES, *named) if environment.get(name)}
+    found = {name: environment[name] for name in (*ADDRESS_VARIABLES, *named) if environment.get(name)}
     for name, value in found.items():
-        if name not in named and _USER_IN_URI.search(value):
+        if name not in named and holds_secret(value):
             raise UsageError(
                 f"{name} holds a user or password, and whoever has the cluster's token can read a job's variables: "
                 f"set it where the cluster's nodes are started and unset it here, or send it with --env {name}"
