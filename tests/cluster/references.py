@@ -336,4 +336,27 @@ def wrong_versions(cluster: Path = CLUSTER) -> Iterator[str]:
                     yield f"{overlay} {resource['kind']}: rayVersion {version}, installed is {ray.__version__}"
 
 
-CHECKS = (wrong_images, wrong_commands, wrong_ports, wrong_variables, wrong_files, wrong_versions)
+def wrong_names(cluster: Path = CLUSTER) -> Iterator[str]:
+    """No two resources make a service of the same name, and services and secrets that the runbook names exist."""
+    runbook = (cluster / "README.md").read_text()
+    for overlay in OVERLAYS:
+        made: dict[str, str] = {}
+        tokens: set[str] = set()
+        for resource in manifests.kustomized(overlay, cluster):
+            kind, name = resource["kind"], resource["metadata"]["name"]
+            suffixes = {"RayCluster": ("head",), "RayService": ("head", "serve")}.get(kind, ())
+            for service in (f"{name}-{suffix}-svc" for suffix in suffixes):
+                if service in made:
+                    yield f"{overlay}: {made[service]} and {kind} {name} both make the service {service}"
+                made[service] = f"{kind} {name}"
+            if kind == "RayCluster":
+                tokens.add(name)
+        for service in re.findall(r"\bservice/([\w-]+)", runbook):
+            if service not in made:
+                yield f"README.md: {overlay} has no service {service}"
+        for secret in re.findall(r"\bget secret ([\w-]+)", runbook):
+            if secret not in tokens:
+                yield f"README.md: {overlay} has no cluster {secret} whose token that would be"
+
+
+CHECKS = (wrong_images, wrong_commands, wrong_ports, wrong_variables, wrong_files, wrong_versions, wrong_names)

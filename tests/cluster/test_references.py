@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 import yaml
 from manifests import CLUSTER, ROOT, kustomized
-from references import CHECKS, wrong_commands, wrong_files, wrong_images, wrong_ports, wrong_variables, wrong_versions
+from references import (
+    CHECKS,
+    wrong_commands,
+    wrong_files,
+    wrong_images,
+    wrong_names,
+    wrong_ports,
+    wrong_variables,
+    wrong_versions,
+)
 
 from nexusgen.config import load_config
 from pipelines.serve import ServeConfig, serve_config
@@ -47,6 +56,9 @@ MISTAKES = [
     (wrong_files, "compose.yaml", "secrets: [api_key]", "secrets: [ray_token]", "secret api_key"),
     (wrong_files, "kuberay/base/ray-job.yaml", "name: nexusgen-environment", "name: nexusgen-env", "nexusgen-env"),
     (wrong_versions, "secrets.sh", "postgresql+psycopg2://", "postgresql://", "by psycopg,"),
+    (wrong_names, "kuberay/base/ray-service.yaml", "name: nexusgen-api", "name: nexusgen", "both make the service"),
+    (wrong_names, "README.md", "service/nexusgen-api-serve-svc", "service/nexusgen-serve-svc", "nexusgen-serve-svc"),
+    (wrong_names, "README.md", "get secret nexusgen ", "get secret nexusgen-api ", "no cluster nexusgen-api"),
     (wrong_versions, "kuberay/base/ray-service.yaml", "rayVersion: 2.60.0", "rayVersion: 2.59.0", "2.59.0"),
 ]
 
