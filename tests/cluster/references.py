@@ -336,6 +336,19 @@ def wrong_versions(cluster: Path = CLUSTER) -> Iterator[str]:
                     yield f"{overlay} {resource['kind']}: rayVersion {version}, installed is {ray.__version__}"
 
 
+def wrong_programs(cluster: Path = CLUSTER) -> Iterator[str]:
+    """The image has the programs that others call in it: KubeRay's probes, and Ray's launcher on head and workers."""
+    listed = re.findall(r"--no-install-recommends (.*) \\\n", (cluster / "Dockerfile").read_text())
+    installed = set(" ".join(listed).split())
+    called = {"wget": "KubeRay's probes"}
+    launcher = (Path(ray.__file__).parent / "autoscaler" / "_private" / "command_runner.py").read_text()
+    for program, package in (("rsync", "rsync"), ("ssh", "openssh-client")):
+        if f'["{program}"' in launcher and "docker" in manifests.ray_up(cluster):
+            called[package] = f"the launcher of `ray up`, which calls {program}"
+    for package in sorted(called.keys() - installed):
+        yield f"Dockerfile: doesn't install {package}, for {called[package]}"
+
+
 def wrong_names(cluster: Path = CLUSTER) -> Iterator[str]:
     """No two resources make a service of the same name, and services and secrets that the runbook names exist."""
     runbook = (cluster / "README.md").read_text()
@@ -359,4 +372,13 @@ def wrong_names(cluster: Path = CLUSTER) -> Iterator[str]:
                 yield f"README.md: {overlay} has no cluster {secret} whose token that would be"
 
 
-CHECKS = (wrong_images, wrong_commands, wrong_ports, wrong_variables, wrong_files, wrong_versions, wrong_names)
+CHECKS = (
+    wrong_images,
+    wrong_commands,
+    wrong_ports,
+    wrong_variables,
+    wrong_files,
+    wrong_versions,
+    wrong_names,
+    wrong_programs,
+)

@@ -16,6 +16,7 @@ from references import (
     wrong_images,
     wrong_names,
     wrong_ports,
+    wrong_programs,
     wrong_variables,
     wrong_versions,
 )
@@ -59,6 +60,8 @@ MISTAKES = [
     (wrong_names, "kuberay/base/ray-service.yaml", "name: nexusgen-api", "name: nexusgen", "both make the service"),
     (wrong_names, "README.md", "service/nexusgen-api-serve-svc", "service/nexusgen-serve-svc", "nexusgen-serve-svc"),
     (wrong_names, "README.md", "get secret nexusgen ", "get secret nexusgen-api ", "no cluster nexusgen-api"),
+    (wrong_programs, "Dockerfile", "openssh-client rsync wget", "openssh-client wget", "calls rsync"),
+    (wrong_programs, "Dockerfile", "openssh-client rsync wget", "rsync wget", "calls ssh"),
     (wrong_versions, "kuberay/base/ray-service.yaml", "rayVersion: 2.60.0", "rayVersion: 2.59.0", "2.59.0"),
 ]
 
