@@ -25,6 +25,7 @@ from jobs import cli
 from nexusgen import __version__
 from nexusgen.config import load_config
 from nexusgen.errors import ConfigError
+from pipelines import embed
 
 # Ports that a program listens on of itself: no option of ours names them.
 OWN_PORTS = {"postgres": 5432, "prometheus": 9090, "grafana": 3000}
@@ -38,6 +39,7 @@ OTHERS_VARIABLES = {
     },
 }
 PIPS_AND_PYTHONS = {"PIP_NO_CACHE_DIR", "PIP_DISABLE_PIP_VERSION_CHECK", "PIP_ROOT_USER_ACTION", "PYTHONUNBUFFERED"}
+CPUS = {"m7i.4xlarge": 16}  # of AWS's instances
 KUBERAY_PORTS = {"dashboard": 8265, "agent": ray_constants.DEFAULT_DASHBOARD_AGENT_LISTEN_PORT, "gcs": 6379}
 
 
@@ -372,6 +374,36 @@ def wrong_names(cluster: Path = CLUSTER) -> Iterator[str]:
                 yield f"README.md: {overlay} has no cluster {secret} whose token that would be"
 
 
+def wrong_sizes(cluster: Path = CLUSTER) -> Iterator[str]:
+    """What autoscalers may start has the CPUs of every full-size job, which would wait in vain for more."""
+    needed = {path.name: _cpus_needed(path) for path in sorted((ROOT / "jobs" / "configs" / "7b").glob("*.yaml"))}
+    kinds = manifests.ray_up(cluster)["available_node_types"]
+    # Nodes without GPUs are preferred; those with one come when an actor asks for it.
+    sizes = {"ray up": CPUS[kinds["cpu"]["node_config"]["InstanceType"]] * kinds["cpu"]["max_workers"]}
+    for resource in manifests.kustomized("gpu", cluster):
+        if resource["kind"] == "RayCluster":
+            workers = manifests.groups(resource)[1:]
+            sizes["gpu RayCluster"] = sum(
+                int(one["template"]["spec"]["containers"][0]["resources"]["requests"]["cpu"]) * one["maxReplicas"]
+                for one in workers
+            )
+    if kinds["cpu"]["max_workers"] + kinds["gpu"]["max_workers"] > manifests.ray_up(cluster)["max_workers"]:
+        yield "ray up: max_workers is below what its node types allow together"
+    for where, size in sizes.items():
+        for name, cpus in needed.items():
+            if cpus > size:
+                yield f"{where}: {size} CPUs at most, but {name} needs {cpus:g}"
+
+
+def _cpus_needed(path: Path) -> float:
+    """As the job itself reckons, of an embedding or a training with all its readers; 0 for anything else."""
+    values = yaml.safe_load(path.read_text())
+    if "num_encoders" in values:
+        return values["num_readers"] * embed.READER_CPUS + values["num_encoders"] * values.get("decode_threads", 1)
+    workers = values.get("num_workers", 0)
+    return float(max(workers) if isinstance(workers, list) else workers) * values.get("cpus_per_worker", 1)
+
+
 CHECKS = (
     wrong_images,
     wrong_commands,
@@ -381,4 +413,5 @@ CHECKS = (
     wrong_versions,
     wrong_names,
     wrong_programs,
+    wrong_sizes,
 )

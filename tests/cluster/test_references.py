@@ -17,6 +17,7 @@ from references import (
     wrong_names,
     wrong_ports,
     wrong_programs,
+    wrong_sizes,
     wrong_variables,
     wrong_versions,
 )
@@ -62,6 +63,14 @@ MISTAKES = [
     (wrong_names, "README.md", "get secret nexusgen ", "get secret nexusgen-api ", "no cluster nexusgen-api"),
     (wrong_programs, "Dockerfile", "openssh-client rsync wget", "openssh-client wget", "calls rsync"),
     (wrong_programs, "Dockerfile", "openssh-client rsync wget", "rsync wget", "calls ssh"),
+    (wrong_sizes, "ray-up-aws.yaml", "max_workers: 8 #", "max_workers: 4 #", "embed_vision.yaml needs 72"),
+    (
+        wrong_sizes,
+        "kuberay/overlays/gpu/kustomization.yaml",
+        "maxReplicas, value: 8",
+        "maxReplicas, value: 4",
+        "48 CPUs",
+    ),
     (wrong_versions, "kuberay/base/ray-service.yaml", "rayVersion: 2.60.0", "rayVersion: 2.59.0", "2.59.0"),
 ]
 

@@ -117,7 +117,7 @@ def test_a_submitted_job_waits_for_its_nodes_and_tells(
     monkeypatch.setattr(runtime, "JOIN_PATIENCE_S", 0.6)
     with pytest.raises(ResourceError, match="the road needs 1000 CPUs, but only"):
         runtime.require_cpus(1000, "the road")
-    assert "are free: waiting for more" in capsys.readouterr().err
+    assert "are free: asking for more, waiting" in capsys.readouterr().err
 
 
 def test_a_submitted_jobs_driver_passes_on_addresses_but_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
