@@ -404,6 +404,38 @@ def _cpus_needed(path: Path) -> float:
     return float(max(workers) if isinstance(workers, list) else workers) * values.get("cpus_per_worker", 1)
 
 
+def wrong_object_stores(cluster: Path = CLUSTER) -> Iterator[str]:
+    """Each node's object store has a size, and fits its /dev/shm: Ray takes the disk for one that doesn't."""
+    found: list[tuple[str, str | None, str]] = []
+    for name, values in manifests.compose(cluster)["services"].items():
+        command = str(values.get("command", ""))
+        if command.startswith("ray start"):
+            found.append((f"compose {name}", _option(command), values["shm_size"]))
+    config = manifests.ray_up(cluster)
+    (room,) = (option.partition("=")[2] for option in config["docker"]["run_options"] if "--shm-size" in option)
+    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+        found += [(f"ray up {key}", _option(command), room) for command in config[key]]
+    for overlay in OVERLAYS:
+        for resource in manifests.kustomized(overlay, cluster):
+            for group in manifests.groups(resource) if resource["kind"] in manifests.CLUSTER_SPECS else []:
+                (shm,) = (one for one in group["template"]["spec"]["volumes"] if one["name"] == "shm")
+                where = f"{overlay} {resource['kind']} {group.get('groupName', 'head')}"
+                size = group["rayStartParams"].get("object-store-memory")
+                found.append((where, size, shm["emptyDir"]["sizeLimit"]))
+    for where, size, room in found:
+        amount, unit = re.fullmatch(r"(\d+)(\D+)", room).groups()  # type: ignore[union-attr]
+        limit = int(amount) << {"g": 30, "m": 20}[unit[0].lower()]
+        if size is None:
+            yield f"{where}: no object-store-memory, so Ray takes 30 % of the memory, whatever /dev/shm has"
+        elif int(size) > 0.95 * limit:
+            yield f"{where}: object-store-memory {size}, wanted at most 95 % of the {room} of /dev/shm"
+
+
+def _option(command: str) -> str | None:
+    given = re.search(r"--object-store-memory=(\d+)", command)
+    return given[1] if given else None
+
+
 CHECKS = (
     wrong_images,
     wrong_commands,
@@ -414,4 +446,5 @@ CHECKS = (
     wrong_names,
     wrong_programs,
     wrong_sizes,
+    wrong_object_stores,
 )

@@ -15,6 +15,7 @@ from references import (
     wrong_files,
     wrong_images,
     wrong_names,
+    wrong_object_stores,
     wrong_ports,
     wrong_programs,
     wrong_sizes,
@@ -71,6 +72,22 @@ MISTAKES = [
         "maxReplicas, value: 4",
         "48 CPUs",
     ),
+    (
+        wrong_object_stores,
+        "compose.yaml",
+        "--object-store-memory=1900000000",
+        "",
+        "compose ray-head: no object-store-memory",
+    ),
+    (wrong_object_stores, "kuberay/base/ray-job.yaml", '"1900000000"', '"4000000000"', "cpu-smoke RayJob workers"),
+    (
+        wrong_object_stores,
+        "kuberay/overlays/gpu/kustomization.yaml",
+        '"15000000000"',
+        '"18000000000"',
+        "gpu RayCluster",
+    ),
+    (wrong_object_stores, "ray-up-aws.yaml", "--shm-size=16g", "--shm-size=8g", "ray up worker_start"),
     (wrong_versions, "kuberay/base/ray-service.yaml", "rayVersion: 2.60.0", "rayVersion: 2.59.0", "2.59.0"),
 ]
 
