@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import platform
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -199,6 +201,43 @@ def test_no_second_driver_on_the_same_place() -> None:
     serves = [read_work("serve", "serve.yaml", f"port={port}") for port in (8000, 8001)]
     with pytest.raises(UsageError, match="writes the cluster's server"):
         submit.check_no_other([running(serves[0])], serves[1], serves[1].id, "")
+
+
+def test_a_job_that_doesnt_stop_fails_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A head whose job ends at the third question, or never."""
+    questions: list[str] = []
+    until = 3
+
+    class Head(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.answer({"ray_version": ray.__version__, "version": "4", "session_name": "s"})
+
+        def do_POST(self) -> None:
+            self.answer({"stopped": True})
+
+        def answer(self, values: dict[str, object]) -> None:
+            if self.path == "/api/jobs/mine":
+                questions.append(self.path)
+                values = {"submission_id": "mine", "status": "STOPPED" if len(questions) > until else "RUNNING"}
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(values).encode())
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    monkeypatch.setattr(submit, "STOP_WAIT_S", 2)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Head) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        words = ["jobs", "stop", "mine", "--address", f"http://127.0.0.1:{server.server_port}"]
+        assert cli.main(words) == 0
+        assert "job mine: stopped" in capsys.readouterr().out
+        until = 1_000_000
+        assert cli.main(words) == 1
+        assert "job mine: still RUNNING after 4 s" in capsys.readouterr().out
+        server.shutdown()
 
 
 def test_only_sources_and_the_named_files_travel(tmp_path: Path) -> None:
