@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from jobs.command import Outcome, add_json_argument, format_table, main_of, report_progress
+from jobs.command import EXIT_FAILED, Outcome, add_json_argument, format_table, main_of, report_progress
 from jobs.submit import add_address_argument, describe, exit_code_of, follow
 
 if TYPE_CHECKING:
@@ -66,7 +66,9 @@ def _stop(api: JobApi, arguments: argparse.Namespace) -> Outcome:
     deadline = time.monotonic() + 2 * STOP_WAIT_S
     while not (state := api.job(arguments.id)).is_over and time.monotonic() < deadline:
         time.sleep(STOP_POLL_S)
-    return Outcome(describe(state) if state.is_over else f"job {state.id}: still {state.status}", to_json(state))
+    if state.is_over:
+        return Outcome(describe(state), to_json(state))
+    return Outcome(f"job {state.id}: still {state.status} after {2 * STOP_WAIT_S} s", to_json(state), EXIT_FAILED)
 
 
 def to_json(state: JobState) -> dict[str, object]:

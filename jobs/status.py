@@ -77,7 +77,9 @@ def _embedded_row(one: EmbeddedStatus) -> list[str]:
 
 def _training_row(one: TrainingStatus) -> list[str]:
     step = f"{one.step}/{one.num_steps}" if one.num_steps is not None else str(one.step)
-    return [f"{one.name} {one.stage}", one.state, step, str(one.checkpoint_step) if one.checkpoint else "none"]
+    is_aged = one.state == "silent" and one.age_s is not None
+    state = f"silent for {one.age_s:.0f} s" if is_aged else one.state
+    return [f"{one.name} {one.stage}", state, step, str(one.checkpoint_step) if one.checkpoint else "none"]
 
 
 def _time(seconds: float) -> str:

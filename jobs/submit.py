@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
+import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +35,8 @@ HELP = "Run a job on a Ray cluster: submit it once, follow it, continue it after
 JOBS = ("road", "pack", "embed", "train", "register", "evaluate", "serve")
 MODULES = {"register": "registry"}  # of pipelines, where the name isn't the job's
 SECOND_INTERRUPT_S = 5.0  # after a Ctrl-C, for another one
-PLACES = ("storage", "input", "images", "model")  # keys that may name a path
+PLACES = ("storage", "input", "images", "model", "against", "canary", "also")  # keys that may name a folder
+FILES = ("drop_keys", "prompts")  # keys that name a file, which travels
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -153,21 +157,61 @@ def _to_json(state: JobState, is_new: bool, url: str) -> dict[str, Any]:
 def _read_work(job: str, path: Path, overrides: list[str]) -> Work:
     """The work that a command line names, checked. Raises: ConfigError or UsageError, before anything is sent."""
     from nexusgen.config import dump_config, read_values
+    from nexusgen.errors import UsageError
     from pipelines import submit
+    from pipelines.storage import is_remote
 
     values = read_values(path, overrides)
     config = _load(job, path, overrides)
     for key in PLACES:
         value = values.get(key)
-        if value is not None and not (key == "model" and value == "demo-base"):
+        if value is not None and value != "demo-base":
             submit.check_reachable(key, value)
+    files = {f"{submit.CONFIG_FOLDER}/{file.name}": file for file in (path, *_sections(job, path))}
+    resolved, sent = dump_config(config), []
+    for key, value in _named_files(config):
+        if is_remote(value) or value.startswith("/"):
+            continue
+        if not Path(value).is_file():
+            raise UsageError(f"{key}={value}: there is no such file here to be sent; correct it, or name an s3:// URI")
+        place = f"{submit.CONFIG_FOLDER}/{key}/{Path(value).name}"
+        files[place] = Path(value)
+        sent.append(f"{key}={json.dumps(place)}")
+        resolved += hashlib.sha256(Path(value).read_bytes()).hexdigest()
     return submit.Work(
         job=job,
         name=str(getattr(config, "name", "model")),
-        digest=submit.digest_of(job, dump_config(config)),
-        arguments=(f"{submit.CONFIG_FOLDER}/{path.name}", *overrides),
-        files={f"{submit.CONFIG_FOLDER}/{file.name}": file for file in (path, *_sections(job, path))},
+        digest=submit.digest_of(job, resolved),
+        arguments=(f"{submit.CONFIG_FOLDER}/{path.name}", *overrides, *sent),
+        files=files,
+        part=str(getattr(config, "stage", getattr(config, "mode", ""))),
+        places=tuple(_written(job, config)),
     )
+
+
+def _named_files(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Files that a configuration names, or one of a road's sections, by their keys."""
+    for key, value in config:
+        if hasattr(type(value), "model_fields"):
+            yield from _named_files(value, f"{prefix}{key}.")
+        elif key in FILES and value is not None:
+            yield f"{prefix}{key}", value
+
+
+def _written(job: str, config: Any) -> list[str]:
+    """What a job alone may write at the time. Versions and evaluations lie under digests, and get in nobody's way."""
+    from pipelines.storage import join
+
+    if job == "road":
+        parts = {key: getattr(config, key) for key in type(config).model_fields}
+        return [place for key, one in parts.items() for place in _written(key.partition("_")[0], one)]
+    if job == "pack":
+        return [join(config.storage, "tars", config.name)]
+    if job == "embed":
+        return [join(config.storage, "embedded", config.name, config.mode)]
+    if job == "train":
+        return [join(config.storage, "checkpoints", config.name, config.stage)]
+    return ["the cluster's server"] if job == "serve" else []
 
 
 def _load(job: str, path: Path, overrides: list[str]) -> Config:

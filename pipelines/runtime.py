@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -23,24 +24,37 @@ from typing import Any
 import psutil
 
 from nexusgen.errors import ResourceError
+from pipelines.autoscaling import CPU_REQUEST
 
 MIN_LOCAL_CPUS = 8  # logical; Train's workers, Data's readers and Serve's replicas fit side by side
 LOCAL_OBJECT_STORE_BYTES = 2_000_000_000  # Ray's own default is 30 % of the memory
 CPU_SAMPLE_S = 1.0
 FREE_CPU_PATIENCE_S = 10.0  # CPUs of a job that has just ended are given back with a delay
-JOIN_PATIENCE_S = 180.0  # a submitted job waits so long for its cluster's nodes
+JOIN_PATIENCE_S = 900.0  # a submitted job waits so long for its cluster's nodes: machines are found, images pulled
+ASK_S = 30.0  # between two askings for nodes, and two lines about it
 
 # Ray shows a job's variables to whoever has the cluster's token, and logs them.
 SECRET_VARIABLES = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_SESSION_TOKEN",
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN",
     "MLFLOW_TRACKING_TOKEN",
     "MLFLOW_TRACKING_USERNAME",
     "MLFLOW_TRACKING_PASSWORD",
     "NEXUSGEN_API_KEYS",
     "NEXUSGEN_JUDGE_API_KEY",
 )
+# What is no secret, unless it holds one.
+ADDRESS_VARIABLES = (
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_S3_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+)
+_SECRET_IN_URI = re.compile(r"://[^/@\s]+@|[?&][^=&]*(?:key|password|secret|token)[^=&]*=", re.IGNORECASE)
 _FORWARDED = (
     "NEXUSGEN_API_KEYS",
     "MLFLOW_TRACKING_URI",
@@ -113,32 +127,42 @@ def ray_cluster(num_cpus_needed: float, why: str, *, local_cpus: int | None = No
         yield RayCluster(total, free, is_local=is_started_here and not address)
     finally:
         if is_started_here:
+            CPU_REQUEST.take_back()
             ray.shutdown()
 
 
 def require_cpus(num_cpus_needed: float, why: str, *, patience_s: float = FREE_CPU_PATIENCE_S) -> tuple[float, float]:
     """Refuse now what Ray would wait for without end. Returns the cluster's CPUs: (total, free).
 
-    A cluster large enough but busy is asked again for `patience_s` seconds. In a submitted job, where nobody sits in
-    front, it is asked for JOIN_PATIENCE_S, also when it is too small: after a failure its nodes come back one by one.
+    A cluster large enough but busy is asked again for `patience_s` seconds. A submitted job, where nobody sits in
+    front, waits JOIN_PATIENCE_S, also where the cluster is too small: after a failure its nodes come back one by one,
+    and an autoscaler, which knows nothing of a job that hasn't begun, is asked for what is missing.
     Raises: ResourceError with the numbers needed, free and in all.
     """
     import ray
 
     waits_for_nodes = _JOB_CONFIG in os.environ
-    deadline = time.monotonic() + (JOIN_PATIENCE_S if waits_for_nodes else patience_s)
-    is_told = False
+    started = time.monotonic()
+    asked_at: float | None = None
     while True:
         total = float(ray.cluster_resources().get("CPU", 0.0))
         free = float(ray.available_resources().get("CPU", 0.0))
         if free >= num_cpus_needed:
+            CPU_REQUEST.take_back_later()
             return total, free
-        if (total < num_cpus_needed and not waits_for_nodes) or time.monotonic() >= deadline:
+        now = time.monotonic()
+        is_over = now - started >= (JOIN_PATIENCE_S if waits_for_nodes else patience_s)
+        if is_over or (total < num_cpus_needed and not waits_for_nodes):
+            CPU_REQUEST.take_back()
             _check_cpus(num_cpus_needed, total, free, why, is_local=not os.environ.get("RAY_ADDRESS"))
-        if waits_for_nodes and not is_told:
-            is_told = True
+        # CPUs that a job which has just ended gives back need no nodes.
+        is_short = total < num_cpus_needed or now - started >= patience_s
+        if waits_for_nodes and is_short and (asked_at is None or now - asked_at >= ASK_S):
+            asked_at = now
+            CPU_REQUEST.make(total - free + num_cpus_needed)
             print(
-                f"{why} needs {num_cpus_needed:g} CPUs, {free:g} of the cluster's {total:g} are free: waiting for more",
+                f"{why} needs {num_cpus_needed:g} CPUs, {free:g} of the cluster's {total:g} are free: asking for more, "
+                f"waiting {JOIN_PATIENCE_S - (now - started):.0f} s for them",
                 file=sys.stderr,
                 flush=True,
             )
@@ -223,6 +247,11 @@ class CpuMeter:
                 self._last_seen[identity] = times.user + times.system
 
 
+def holds_secret(address: str) -> bool:
+    """Whether an address has a user or password in it, in front of its host or among its parameters."""
+    return _SECRET_IN_URI.search(address) is not None
+
+
 def is_ray_initialised() -> bool:
     """Whether this process is connected to Ray; doesn't import it."""
     ray = sys.modules.get("ray")  # importing ray takes a second, and a refusal needs none of it
@@ -290,17 +319,19 @@ def _check_reachable(address: str) -> None:
 def _worker_environment() -> dict[str, str]:
     """Variables that workers need wherever they run; Ray refuses those that a submitted job already carries.
 
-    A submitted job's driver passes on no secrets: it has them from the job, which gives them to workers itself, or from
-    its node, as the workers do.
+    A submitted job's driver passes on addresses alone, and none with a password: it has all else from the job, which
+    gives it to workers itself, or from its node, as the workers do. Ray shows what is passed on here, too.
     """
     # An actor computes in another thread than its first, and decodes in more: with an arena for each, the C library
     # keeps giving large buffers back to the system and asking for them anew, half of all system time of `embed`.
     wanted = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
-    for name, value in os.environ.items():
-        if name in _FORWARDED or name.startswith(_FORWARDED_PREFIXES):
-            wanted[name] = value
     if _JOB_CONFIG not in os.environ:
+        for name, value in os.environ.items():
+            if name in _FORWARDED or name.startswith(_FORWARDED_PREFIXES):
+                wanted[name] = value
         return wanted
+    for name in ADDRESS_VARIABLES:
+        if (address := os.environ.get(name)) and not holds_secret(address):
+            wanted[name] = address
     carried = json.loads(os.environ[_JOB_CONFIG]).get("runtime_env", {}).get("env_vars", {})
-    kept = (*carried, *SECRET_VARIABLES)
-    return {name: value for name, value in wanted.items() if name not in kept}
+    return {name: value for name, value in wanted.items() if name not in carried}

@@ -20,7 +20,7 @@ from pipelines import embedded, registry, storage, tracking
 
 MAX_RUNS = 20  # of each project, latest first
 ENDPOINT_S = 5.0
-STALE_S = 60.0  # a training that hasn't told its step for so long isn't said to be running
+STALE_S = 60.0  # a training that hasn't told its step for so long is called silent: it may load, validate, or be dead
 _SQLITE = "sqlite:///"
 
 
@@ -60,10 +60,10 @@ class TrainingStatus:
 
     @property
     def state(self) -> str:
-        """finished, running, or stopped: neither finished nor heard of lately."""
+        """finished, running, or silent: neither finished nor heard of lately, for `age_s` seconds if that is known."""
         if self.num_steps is not None and self.checkpoint_step >= self.num_steps:
             return "finished"
-        return "running" if self.age_s is not None and self.age_s < STALE_S else "stopped"
+        return "running" if self.age_s is not None and self.age_s < STALE_S else "silent"
 
 
 @dataclass(frozen=True)

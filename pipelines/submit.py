@@ -1,7 +1,8 @@
 """Submitting: what travels to a cluster with a job (code, configuration, variables), and its name there.
 
-A job's id says what it does: the job, its project, and a digest of its resolved configuration. Submitted again while it
-runs, it is attached to; after its end, the next attempt begins under ID-2, ID-3, ..., and does what isn't done yet.
+A job's id says what it does: the job, its stage or mode, its project, and a digest of its resolved configuration.
+Submitted again while it runs, it is attached to; after its end, the next attempt begins under ID-2, ID-3, ..., and does
+what isn't done yet. Other work on the same places waits until it is over: two drivers would undo each other's.
 
 Variables of the caller's travel by name, and secrets only when they are asked for: Ray shows a job's variables to
 everyone who has the cluster's token and writes them into its nodes' logs. A cluster that holds its credentials itself,
@@ -24,24 +25,14 @@ from typing import Any
 
 from nexusgen import __version__
 from nexusgen.errors import UsageError
-from pipelines.runtime import SECRET_VARIABLES
+from pipelines.runtime import ADDRESS_VARIABLES, SECRET_VARIABLES, holds_secret
 from pipelines.storage import is_remote
 from pipelines.submit_api import JobApi, JobState
 
 PACKAGES = ("nexusgen", "pipelines", "jobs")
 CONFIG_FOLDER = "config"  # in the job's working folder
+DIGEST, PLACES = "nexusgen.digest", "nexusgen.places"  # of a job's metadata
 STOP_WAIT_S = 120  # from the order to end until it is killed: a step and its upload must find room
-
-# Addresses, which travel by themselves if they are set here. Anything else is named with --env.
-VARIABLES = (
-    "MLFLOW_TRACKING_URI",
-    "MLFLOW_S3_ENDPOINT_URL",
-    "AWS_ENDPOINT_URL",
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_REGION",
-    "AWS_DEFAULT_REGION",
-)
-_USER_IN_URI = re.compile(r"://[^/@\s]+@")
 
 
 @dataclass(frozen=True)
@@ -50,14 +41,17 @@ class Work:
 
     job: str
     name: str
-    digest: str  # of the job and its resolved configuration
+    digest: str  # of the job, its resolved configuration and the files that this names
     arguments: tuple[str, ...]
     files: Mapping[str, Path]  # by their place in the job's folder
+    part: str = ""  # a training's stage, an embedding's mode
+    places: tuple[str, ...] = ()  # what this work alone may write at the time
 
     @property
     def id(self) -> str:
         """The same for the same work."""
-        return f"{self.job}-{re.sub(r'[^A-Za-z0-9_-]+', '-', self.name)}-{self.digest}"
+        words = (self.job, self.part, re.sub(r"[^A-Za-z0-9_-]+", "-", self.name), self.digest)
+        return "-".join(word for word in words if word)
 
 
 def digest_of(job: str, resolved_config: str) -> str:
@@ -82,7 +76,7 @@ def check_reachable(key: str, value: Any) -> None:
 
 
 def variables_of(named: Sequence[str], environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Variables that travel with a job: VARIABLES that are set, and those that are named.
+    """Variables that travel with a job: ADDRESS_VARIABLES that are set, and those that are named.
 
     Raises: UsageError for a named one that isn't set, or an address that would take a password along unasked.
     """
@@ -90,9 +84,9 @@ def variables_of(named: Sequence[str], environment: Mapping[str, str] | None = N
     for name in named:
         if name not in environment:
             raise UsageError(f"--env {name}: there is no such variable here; set it, or leave it to the cluster")
-    found = {name: environment[name] for name in (*VARIABLES, *named) if environment.get(name)}
+    found = {name: environment[name] for name in (*ADDRESS_VARIABLES, *named) if environment.get(name)}
     for name, value in found.items():
-        if name not in named and _USER_IN_URI.search(value):
+        if name not in named and holds_secret(value):
             raise UsageError(
                 f"{name} holds a user or password, and whoever has the cluster's token can read a job's variables: "
                 f"set it where the cluster's nodes are started and unset it here, or send it with --env {name}"
@@ -108,10 +102,12 @@ def secrets_among(names: Sequence[str]) -> list[str]:
 def submit(api: JobApi, work: Work, base_id: str, variables: Mapping[str, str], *, ship_code: bool) -> tuple[str, bool]:
     """Submit `work` under `base_id`, unless an attempt of it runs. Gives the attempt's id, and whether it is new.
 
-    Raises: ResourceError if the cluster refuses it.
+    Raises: UsageError if a job that runs would be in its way; ResourceError if the cluster refuses it.
     """
     while True:
-        attempts = attempts_of(api.jobs(), base_id)
+        states = api.jobs()
+        check_no_other(states, work, base_id, api.url)
+        attempts = attempts_of(states, base_id)
         if attempts and not attempts[-1].is_over:
             return attempts[-1].id, False
         number = _number(attempts[-1].id, base_id) + 1 if attempts else 1
@@ -131,11 +127,34 @@ def submit(api: JobApi, work: Work, base_id: str, variables: Mapping[str, str], 
                         "nexusgen.name": work.name,
                         "nexusgen.version": __version__,
                         "nexusgen.attempt": str(number),
+                        DIGEST: work.digest,
+                        PLACES: "\n".join(work.places),
                     },
                 )
                 return job_id, True
             except FileExistsError:  # somebody submitted the same work meanwhile
                 continue
+
+
+def check_no_other(states: Sequence[JobState], work: Work, base_id: str, url: str) -> None:
+    """See that no job runs that has this id and does something else, or that writes where this one would.
+
+    Raises: UsageError naming the job, and how to stop it.
+    """
+    for state in states:
+        metadata = state.metadata or {}
+        if state.is_over or DIGEST not in metadata:  # not of `submit`
+            continue
+        if _number(state.id, base_id):
+            common = [] if metadata[DIGEST] == work.digest else ["under this id, with other settings"]
+        else:
+            common = sorted(set(work.places) & set(metadata.get(PLACES, "").split("\n")))
+        if common:
+            what = common[0] if _number(state.id, base_id) else f"and writes {common[0]}, as this one would"
+            raise UsageError(
+                f"job {state.id} runs {what}: wait for its end, or stop it (a training saves first) and submit again: "
+                f"nexusgen jobs stop {state.id} --address {url}"
+            )
 
 
 def attempts_of(states: Sequence[JobState], base_id: str) -> list[JobState]:

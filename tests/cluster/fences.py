@@ -57,5 +57,7 @@ def commands(block: Block) -> Iterator[list[str]]:
 def _known(command: list[str]) -> Iterator[list[str]]:
     while command and re.match(r"[A-Z_]+=", command[0]):
         command = command[1:]
+    if command[:2] == ["docker", "compose"] and "exec" in command:  # in a container
+        command = command[command.index("exec") + 2 :]
     if command and command[0].rpartition("/")[2] in _PROGRAMS:
         yield [command[0].rpartition("/")[2], *command[1:]]

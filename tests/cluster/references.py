@@ -25,6 +25,7 @@ from jobs import cli
 from nexusgen import __version__
 from nexusgen.config import load_config
 from nexusgen.errors import ConfigError
+from pipelines import embed
 
 # Ports that a program listens on of itself: no option of ours names them.
 OWN_PORTS = {"postgres": 5432, "prometheus": 9090, "grafana": 3000}
@@ -38,6 +39,7 @@ OTHERS_VARIABLES = {
     },
 }
 PIPS_AND_PYTHONS = {"PIP_NO_CACHE_DIR", "PIP_DISABLE_PIP_VERSION_CHECK", "PIP_ROOT_USER_ACTION", "PYTHONUNBUFFERED"}
+CPUS = {"m7i.4xlarge": 16}  # of AWS's instances
 KUBERAY_PORTS = {"dashboard": 8265, "agent": ray_constants.DEFAULT_DASHBOARD_AGENT_LISTEN_PORT, "gcs": 6379}
 
 
@@ -336,4 +338,113 @@ def wrong_versions(cluster: Path = CLUSTER) -> Iterator[str]:
                     yield f"{overlay} {resource['kind']}: rayVersion {version}, installed is {ray.__version__}"
 
 
-CHECKS = (wrong_images, wrong_commands, wrong_ports, wrong_variables, wrong_files, wrong_versions)
+def wrong_programs(cluster: Path = CLUSTER) -> Iterator[str]:
+    """The image has the programs that others call in it: KubeRay's probes, and Ray's launcher on head and workers."""
+    listed = re.findall(r"--no-install-recommends (.*) \\\n", (cluster / "Dockerfile").read_text())
+    installed = set(" ".join(listed).split())
+    called = {"wget": "KubeRay's probes"}
+    launcher = (Path(ray.__file__).parent / "autoscaler" / "_private" / "command_runner.py").read_text()
+    for program, package in (("rsync", "rsync"), ("ssh", "openssh-client")):
+        if f'["{program}"' in launcher and "docker" in manifests.ray_up(cluster):
+            called[package] = f"the launcher of `ray up`, which calls {program}"
+    for package in sorted(called.keys() - installed):
+        yield f"Dockerfile: doesn't install {package}, for {called[package]}"
+
+
+def wrong_names(cluster: Path = CLUSTER) -> Iterator[str]:
+    """No two resources make a service of the same name, and services and secrets that the runbook names exist."""
+    runbook = (cluster / "README.md").read_text()
+    for overlay in OVERLAYS:
+        made: dict[str, str] = {}
+        tokens: set[str] = set()
+        for resource in manifests.kustomized(overlay, cluster):
+            kind, name = resource["kind"], resource["metadata"]["name"]
+            suffixes = {"RayCluster": ("head",), "RayService": ("head", "serve")}.get(kind, ())
+            for service in (f"{name}-{suffix}-svc" for suffix in suffixes):
+                if service in made:
+                    yield f"{overlay}: {made[service]} and {kind} {name} both make the service {service}"
+                made[service] = f"{kind} {name}"
+            if kind == "RayCluster":
+                tokens.add(name)
+        for service in re.findall(r"\bservice/([\w-]+)", runbook):
+            if service not in made:
+                yield f"README.md: {overlay} has no service {service}"
+        for secret in re.findall(r"\bget secret ([\w-]+)", runbook):
+            if secret not in tokens:
+                yield f"README.md: {overlay} has no cluster {secret} whose token that would be"
+
+
+def wrong_sizes(cluster: Path = CLUSTER) -> Iterator[str]:
+    """What autoscalers may start has the CPUs of every full-size job, which would wait in vain for more."""
+    needed = {path.name: _cpus_needed(path) for path in sorted((ROOT / "jobs" / "configs" / "7b").glob("*.yaml"))}
+    kinds = manifests.ray_up(cluster)["available_node_types"]
+    # Nodes without GPUs are preferred; those with one come when an actor asks for it.
+    sizes = {"ray up": CPUS[kinds["cpu"]["node_config"]["InstanceType"]] * kinds["cpu"]["max_workers"]}
+    for resource in manifests.kustomized("gpu", cluster):
+        if resource["kind"] == "RayCluster":
+            workers = manifests.groups(resource)[1:]
+            sizes["gpu RayCluster"] = sum(
+                int(one["template"]["spec"]["containers"][0]["resources"]["requests"]["cpu"]) * one["maxReplicas"]
+                for one in workers
+            )
+    if kinds["cpu"]["max_workers"] + kinds["gpu"]["max_workers"] > manifests.ray_up(cluster)["max_workers"]:
+        yield "ray up: max_workers is below what its node types allow together"
+    for where, size in sizes.items():
+        for name, cpus in needed.items():
+            if cpus > size:
+                yield f"{where}: {size} CPUs at most, but {name} needs {cpus:g}"
+
+
+def _cpus_needed(path: Path) -> float:
+    """As the job itself reckons, of an embedding or a training with all its readers; 0 for anything else."""
+    values = yaml.safe_load(path.read_text())
+    if "num_encoders" in values:
+        return values["num_readers"] * embed.READER_CPUS + values["num_encoders"] * values.get("decode_threads", 1)
+    workers = values.get("num_workers", 0)
+    return float(max(workers) if isinstance(workers, list) else workers) * values.get("cpus_per_worker", 1)
+
+
+def wrong_object_stores(cluster: Path = CLUSTER) -> Iterator[str]:
+    """Each node's object store has a size, and fits its /dev/shm: Ray takes the disk for one that doesn't."""
+    found: list[tuple[str, str | None, str]] = []
+    for name, values in manifests.compose(cluster)["services"].items():
+        command = str(values.get("command", ""))
+        if command.startswith("ray start"):
+            found.append((f"compose {name}", _option(command), values["shm_size"]))
+    config = manifests.ray_up(cluster)
+    (room,) = (option.partition("=")[2] for option in config["docker"]["run_options"] if "--shm-size" in option)
+    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+        found += [(f"ray up {key}", _option(command), room) for command in config[key]]
+    for overlay in OVERLAYS:
+        for resource in manifests.kustomized(overlay, cluster):
+            for group in manifests.groups(resource) if resource["kind"] in manifests.CLUSTER_SPECS else []:
+                (shm,) = (one for one in group["template"]["spec"]["volumes"] if one["name"] == "shm")
+                where = f"{overlay} {resource['kind']} {group.get('groupName', 'head')}"
+                size = group["rayStartParams"].get("object-store-memory")
+                found.append((where, size, shm["emptyDir"]["sizeLimit"]))
+    for where, size, room in found:
+        amount, unit = re.fullmatch(r"(\d+)(\D+)", room).groups()  # type: ignore[union-attr]
+        limit = int(amount) << {"g": 30, "m": 20}[unit[0].lower()]
+        if size is None:
+            yield f"{where}: no object-store-memory, so Ray takes 30 % of the memory, whatever /dev/shm has"
+        elif int(size) > 0.95 * limit:
+            yield f"{where}: object-store-memory {size}, wanted at most 95 % of the {room} of /dev/shm"
+
+
+def _option(command: str) -> str | None:
+    given = re.search(r"--object-store-memory=(\d+)", command)
+    return given[1] if given else None
+
+
+CHECKS = (
+    wrong_images,
+    wrong_commands,
+    wrong_ports,
+    wrong_variables,
+    wrong_files,
+    wrong_versions,
+    wrong_names,
+    wrong_programs,
+    wrong_sizes,
+    wrong_object_stores,
+)

@@ -17,6 +17,8 @@ import yaml
 from compose_spec import PyOptions
 from manifests import CLUSTER, CLUSTER_SPECS, OVERLAYS, ROOT, groups, kustomized, pods, ray_up
 
+from pipelines import submit
+
 KUBERNETES = "1.37"
 SCHEMA = yaml.safe_load((Path(__file__).parent / "kuberay_schema.yaml").read_text())
 
@@ -117,6 +119,8 @@ def test_pods_are_closed_and_bounded(overlay: str) -> None:
                 assert container["resources"]["limits"]["memory"] == container["resources"]["requests"]["memory"]
         if resource["kind"] in CLUSTER_SPECS:
             head, *workers = groups(resource)
+            for group in (head, *workers):  # drivers run on the head, workers elsewhere: a training saves first
+                assert group["template"]["spec"]["terminationGracePeriodSeconds"] == submit.STOP_WAIT_S
             assert head["rayStartParams"]["num-cpus"] == "0"
             assert all(group["minReplicas"] <= group["replicas"] <= group["maxReplicas"] for group in workers)
 

@@ -9,7 +9,19 @@ from pathlib import Path
 import pytest
 import yaml
 from manifests import CLUSTER, ROOT, kustomized
-from references import CHECKS, wrong_commands, wrong_files, wrong_images, wrong_ports, wrong_variables, wrong_versions
+from references import (
+    CHECKS,
+    wrong_commands,
+    wrong_files,
+    wrong_images,
+    wrong_names,
+    wrong_object_stores,
+    wrong_ports,
+    wrong_programs,
+    wrong_sizes,
+    wrong_variables,
+    wrong_versions,
+)
 
 from nexusgen.config import load_config
 from pipelines.serve import ServeConfig, serve_config
@@ -47,6 +59,35 @@ MISTAKES = [
     (wrong_files, "compose.yaml", "secrets: [api_key]", "secrets: [ray_token]", "secret api_key"),
     (wrong_files, "kuberay/base/ray-job.yaml", "name: nexusgen-environment", "name: nexusgen-env", "nexusgen-env"),
     (wrong_versions, "secrets.sh", "postgresql+psycopg2://", "postgresql://", "by psycopg,"),
+    (wrong_names, "kuberay/base/ray-service.yaml", "name: nexusgen-api", "name: nexusgen", "both make the service"),
+    (wrong_names, "README.md", "service/nexusgen-api-serve-svc", "service/nexusgen-serve-svc", "nexusgen-serve-svc"),
+    (wrong_names, "README.md", "get secret nexusgen ", "get secret nexusgen-api ", "no cluster nexusgen-api"),
+    (wrong_programs, "Dockerfile", "openssh-client rsync wget", "openssh-client wget", "calls rsync"),
+    (wrong_programs, "Dockerfile", "openssh-client rsync wget", "rsync wget", "calls ssh"),
+    (wrong_sizes, "ray-up-aws.yaml", "max_workers: 8 #", "max_workers: 4 #", "embed_vision.yaml needs 72"),
+    (
+        wrong_sizes,
+        "kuberay/overlays/gpu/kustomization.yaml",
+        "maxReplicas, value: 8",
+        "maxReplicas, value: 4",
+        "48 CPUs",
+    ),
+    (
+        wrong_object_stores,
+        "compose.yaml",
+        "--object-store-memory=1900000000",
+        "",
+        "compose ray-head: no object-store-memory",
+    ),
+    (wrong_object_stores, "kuberay/base/ray-job.yaml", '"1900000000"', '"4000000000"', "cpu-smoke RayJob workers"),
+    (
+        wrong_object_stores,
+        "kuberay/overlays/gpu/kustomization.yaml",
+        '"15000000000"',
+        '"18000000000"',
+        "gpu RayCluster",
+    ),
+    (wrong_object_stores, "ray-up-aws.yaml", "--shm-size=16g", "--shm-size=8g", "ray up worker_start"),
     (wrong_versions, "kuberay/base/ray-service.yaml", "rayVersion: 2.60.0", "rayVersion: 2.59.0", "2.59.0"),
 ]
 

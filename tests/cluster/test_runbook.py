@@ -52,6 +52,18 @@ def test_wrong_command_is_found() -> None:
     assert "inptu" in next(wrong_words(one))
 
 
+def test_compose_is_asked_from_inside() -> None:
+    """Its storage and MLflow have names and keys in its containers alone."""
+    inside = list(
+        commands(Block("docker compose -f a.yaml exec ray-head nexusgen statsu --storage x", False, "", "here"))
+    )
+    assert inside == [["nexusgen", "statsu", "--storage", "x"]]
+    lines = [line for block in blocks(ROOT / "cluster" / "README.md") for line in block.text.splitlines()]
+    asking = [line for line in lines if "--storage s3://nexusgen/" in line]
+    assert len(asking) > 1
+    assert [line for line in asking if not line.startswith("docker compose ")] == []
+
+
 @pytest.mark.parametrize("file", FILES)
 def test_blocks_run(file: str, tmp_path: Path) -> None:
     """In a copy of the checkout, in one shell for each file."""

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from manifests import CLUSTER
-from watched import exported_names, metrics_of, queries, rays_gauges, scraped_names, unknown_metrics
+from watched import exported_names, metrics_of, queries, rays_gauges, scraped_names, sides, unknown_metrics
 
 
 def scrape() -> set[str]:
@@ -91,3 +91,22 @@ def test_promtool_accepts_configuration_and_rules(tmp_path: Path) -> None:
     config.write_text(text.replace("/etc/prometheus", str(CLUSTER / "prometheus")))
     done = subprocess.run(["promtool", "check", "config", config], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool on PATH: apt-get install prometheus")
+def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
+    """Series that are made up, through the real rules, for what has ended, hangs, is lost or was never there."""
+    text = (Path(__file__).parent / "rules_test.yml").read_text()
+    cases = tmp_path / "rules_test.yml"
+    cases.write_text(text.replace("[rules.yml]", f"[{CLUSTER / 'prometheus' / 'rules.yml'}]"))
+    done = subprocess.run(["promtool", "test", "rules", cases], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_both_sides_of_a_comparison_are_asked_for() -> None:
+    assert list(sides('sum(rate(a{x="b == 1"}[5m])) / sum(b) > 0.01')) == ['sum(rate(a{x="b == 1"}[5m])) / sum(b)']
+    assert list(sides("(count(up == 1) or vector(0)) < max_over_time(count(up)[1h:])")) == [
+        "(count(up == 1) or vector(0))",
+        "max_over_time(count(up)[1h:])",
+    ]
+    assert list(sides("max by (x) (a) == 0 and on (x, y) max by (x) (b)")) == ["max by (x) (a)", "max by (x) (b)"]

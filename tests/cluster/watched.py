@@ -30,6 +30,8 @@ PROMQL = {
     "or",
     "unless",
     "on",
+    "vector",
+    "max_over_time",
     "ignoring",
 }
 # Prometheus' own, of every target that it scrapes.
@@ -55,8 +57,32 @@ def metrics_of(query: str) -> set[str]:
     if named := re.fullmatch(r"label_values\((\w+), \w+\)", query):
         return {named[1]}
     bare = re.sub(r'"[^"]*"', "", query)
-    bare = re.sub(r"\{[^}]*\}|\[[^]]*\]|\bby\s*\([^)]*\)", " ", bare)
+    bare = re.sub(r"\{[^}]*\}|\[[^]]*\]|\b(?:by|on)\s*\([^)]*\)", " ", bare)
     return set(re.findall(r"(?<![\w.])[a-z_:]\w*", bare)) - PROMQL
+
+
+def sides(query: str) -> Iterator[str]:
+    """What a query compares or joins at its top, without numbers: an alert is silent until it fires, these aren't."""
+    side, depth = "", 0
+    operator = re.compile(r"\s+(?:and|or|unless|==|!=|[<>]=?)(?:\s+on\s*\([^)]*\))?\s+")
+    position, is_quoted = 0, False
+    while position < len(query):
+        found = operator.match(query, position) if depth == 0 and not is_quoted else None
+        if found:
+            yield from _no_number(side)
+            side, position = "", found.end()
+            continue
+        character = query[position]
+        is_quoted ^= character == '"'
+        if not is_quoted:
+            depth += (character in "([{") - (character in ")]}")
+        side, position = side + character, position + 1
+    yield from _no_number(side)
+
+
+def _no_number(side: str) -> Iterator[str]:
+    if not re.fullmatch(r"[\d.e]+", side.strip()):
+        yield side.strip()
 
 
 @lru_cache

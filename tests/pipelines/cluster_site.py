@@ -17,7 +17,11 @@ from servers import free_port, mlflow_server, s3_server
 
 ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "bucket"
-SECRETS = {"AWS_ACCESS_KEY_ID": "held-by-the-nodes", "AWS_SECRET_ACCESS_KEY": "held-by-the-nodes-alone"}
+SECRETS = {
+    "AWS_ACCESS_KEY_ID": "held-by-the-nodes",
+    "AWS_SECRET_ACCESS_KEY": "held-by-the-nodes-alone",
+    "AWS_CONTAINER_AUTHORIZATION_TOKEN": "held-by-the-nodes-for-nobody",  # unused, as the keys come first
+}
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class Nodes:
         """Of the dashboard, where jobs are submitted."""
         return f"http://127.0.0.1:{self.dashboard_port}"
 
-    def start_head(self) -> None:
+    def start_head(self, *options: str) -> None:
         """Start the head, which runs drivers alone, and wait until it is one of its cluster's nodes.
 
         On a busy machine that is tried again.
@@ -71,7 +71,7 @@ class Nodes:
                 "head",
                 *("--head", f"--port={self.port}", "--dashboard-host=127.0.0.1"),
                 *(f"--dashboard-port={self.dashboard_port}", f"--ray-client-server-port={self.client_port}"),
-                *("--num-cpus=0", f"--temp-dir={self._scratch.name}"),
+                *("--num-cpus=0", f"--temp-dir={self._scratch.name}", *options),
             )
             if self._comes_up(1, self.head, "head"):
                 return

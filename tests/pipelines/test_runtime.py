@@ -117,12 +117,13 @@ def test_a_submitted_job_waits_for_its_nodes_and_tells(
     monkeypatch.setattr(runtime, "JOIN_PATIENCE_S", 0.6)
     with pytest.raises(ResourceError, match="the road needs 1000 CPUs, but only"):
         runtime.require_cpus(1000, "the road")
-    assert "are free: waiting for more" in capsys.readouterr().err
+    assert "are free: asking for more, waiting" in capsys.readouterr().err
 
 
 def test_a_submitted_jobs_driver_passes_on_addresses_but_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "held by the node")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-test-1")
+    monkeypatch.setenv("AWS_CONTAINER_AUTHORIZATION_TOKEN", "held by the node, too")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
     assert runtime._worker_environment()["AWS_SECRET_ACCESS_KEY"] == "held by the node"
@@ -130,4 +131,13 @@ def test_a_submitted_jobs_driver_passes_on_addresses_but_no_secrets(monkeypatch:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(carried))
     passed = runtime._worker_environment()
     assert passed["AWS_DEFAULT_REGION"] == "eu-test-1"
-    assert not {"AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_URI"} & passed.keys()
+    assert "MLFLOW_TRACKING_URI" not in passed  # the job gives it, and Ray refuses it twice
+    assert "held by the node" not in str(passed)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert runtime._worker_environment()["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
+    for held in ("http://user:word@mlflow:5000", "postgresql://db/mlflow?user=mlflow&password=word"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", held)
+        assert "word" not in str(runtime._worker_environment())
+        monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
+        assert runtime._worker_environment()["MLFLOW_TRACKING_URI"] == held  # a cluster of one's own has it from here
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import platform
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ import ray
 from cluster_site import BUCKET, SECRETS, Site, site
 
 from jobs import cli
+from jobs import submit as submit_command
 from jobs.command import DEMO_CONFIGS
 from nexusgen.errors import ResourceError, UsageError
 from pipelines import submit
@@ -131,6 +134,112 @@ def test_attempts_are_counted_and_others_ids_are_not_taken_for_one() -> None:
     assert [state.id for state in submit.attempts_of(states, "a-1f")] == ["a-1f", "a-1f-2", "a-1f-10"]
 
 
+def read_work(job: str, config: str, *overrides: str) -> submit.Work:
+    return submit_command._read_work(job, DEMO_CONFIGS / config, ["storage=s3://b/x", *overrides])
+
+
+def running(work: submit.Work, job_id: str = "") -> JobState:
+    """What the cluster says of a job that was submitted."""
+    metadata = {submit.DIGEST: work.digest, submit.PLACES: "\n".join(work.places)}
+    return JobState(job_id or work.id, "RUNNING", metadata=metadata)
+
+
+def test_an_id_tells_stage_or_mode() -> None:
+    assert read_work("train", "train_ar.yaml").id.startswith("train-ar-demo-")
+    assert read_work("embed", "embed_latents.yaml", "input=s3://b/t").id.startswith("embed-latents-demo-")
+    assert read_work("pack", "pack.yaml").id.startswith("pack-demo-")
+
+
+def test_a_file_that_a_setting_names_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    embed = ("embed", "embed_vision.yaml", "input=s3://b/t")
+    with pytest.raises(UsageError, match=r"drop_keys=takedowns\.txt: there is no such file here to be sent"):
+        read_work(*embed, "drop_keys=takedowns.txt")
+    Path("takedowns.txt").write_text("key-1\n")
+    work = read_work(*embed, "drop_keys=takedowns.txt")
+    assert work.arguments[-1] == 'drop_keys="config/drop_keys/takedowns.txt"'
+    with submit.staged(work.files, ship_code=False) as folder:
+        monkeypatch.chdir(folder)  # as the job finds itself
+        config = submit_command._load("embed", Path(work.arguments[0]), list(work.arguments[1:]))
+        assert Path(config.drop_keys).read_text() == "key-1\n"  # type: ignore[attr-defined]
+    monkeypatch.chdir(tmp_path)
+    Path("takedowns.txt").write_text("key-2\n")
+    assert read_work(*embed, "drop_keys=takedowns.txt").digest != work.digest
+    for seen_by_all in ("s3://b/takedowns.txt", "/mnt/takedowns.txt"):
+        assert read_work(*embed, f"drop_keys={seen_by_all}").files.keys() == {"config/embed_vision.yaml"}
+    road = read_work("road", "road.yaml", "embed_latents.drop_keys=takedowns.txt")
+    assert road.arguments[-1] == 'embed_latents.drop_keys="config/embed_latents.drop_keys/takedowns.txt"'
+    benchmark = ("suites=[geneval]", "model=models:/nexusgen/1", "prompts=takedowns.txt")
+    assert read_work("evaluate", "evaluate.yaml", *benchmark).files["config/prompts/takedowns.txt"] == Path(
+        "takedowns.txt"
+    )
+    with pytest.raises(UsageError, match="against=runs/other is relative to a folder of this machine"):
+        read_work("evaluate", "evaluate.yaml", "model=demo-base", "against=runs/other")
+
+
+def test_no_second_driver_on_the_same_place() -> None:
+    ar, other = read_work("train", "train_ar.yaml"), read_work("train", "train_ar.yaml", "num_workers=2")
+    with pytest.raises(UsageError) as caught:
+        submit.check_no_other([running(ar)], other, other.id, "http://head:8265")
+    assert str(caught.value) == (
+        f"job {ar.id} runs and writes s3://b/x/checkpoints/demo/ar, as this one would: wait for its end, or stop it "
+        f"(a training saves first) and submit again: nexusgen jobs stop {ar.id} --address http://head:8265"
+    )
+    with pytest.raises(UsageError, match="writes s3://b/x/checkpoints"):
+        submit.check_no_other([running(ar)], ar, "another-id", "")
+    with pytest.raises(UsageError, match="job mine-2 runs under this id, with other settings"):
+        submit.check_no_other([running(ar, "mine-2")], other, "mine", "")
+    submit.check_no_other([running(ar)], ar, ar.id, "")  # attached to
+    submit.check_no_other([JobState(ar.id, "FAILED", metadata=running(ar).metadata)], other, other.id, "")
+    for free in ("name=demo2", "stage=generation_decoder", "storage=s3://b/y"):
+        work = read_work("train", "train_ar.yaml", "num_workers=2", free)
+        submit.check_no_other([running(ar), JobState("not-of-submit", "RUNNING")], work, work.id, "")
+    road = read_work("road", "road.yaml")
+    with pytest.raises(UsageError, match=f"job {road.id} runs and writes s3://b/x/checkpoints/demo/ar,"):
+        submit.check_no_other([running(road)], ar, ar.id, "")
+    assert len(road.places) == len(set(road.places)) == 7
+    serves = [read_work("serve", "serve.yaml", f"port={port}") for port in (8000, 8001)]
+    with pytest.raises(UsageError, match="writes the cluster's server"):
+        submit.check_no_other([running(serves[0])], serves[1], serves[1].id, "")
+
+
+def test_a_job_that_doesnt_stop_fails_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A head whose job ends at the third question, or never."""
+    questions: list[str] = []
+    until = 3
+
+    class Head(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.answer({"ray_version": ray.__version__, "version": "4", "session_name": "s"})
+
+        def do_POST(self) -> None:
+            self.answer({"stopped": True})
+
+        def answer(self, values: dict[str, object]) -> None:
+            if self.path == "/api/jobs/mine":
+                questions.append(self.path)
+                values = {"submission_id": "mine", "status": "STOPPED" if len(questions) > until else "RUNNING"}
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(values).encode())
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    monkeypatch.setattr(submit, "STOP_WAIT_S", 2)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Head) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        words = ["jobs", "stop", "mine", "--address", f"http://127.0.0.1:{server.server_port}"]
+        assert cli.main(words) == 0
+        assert "job mine: stopped" in capsys.readouterr().out
+        until = 1_000_000
+        assert cli.main(words) == 1
+        assert "job mine: still RUNNING after 4 s" in capsys.readouterr().out
+        server.shutdown()
+
+
 def test_only_sources_and_the_named_files_travel(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("a: 1")
     with submit.staged({"config/mine.yaml": tmp_path / "mine.yaml"}, ship_code=True) as folder:
@@ -213,6 +322,13 @@ def test_a_job_is_attached_to_left_stopped_and_submitted_again(place: Site) -> N
     code, out, err = place.run("submit", *serve, *at, "--no-follow", "--json")
     assert code == 0, err
     made = json.loads(out)
+    # With another setting it would be a second driver.
+    code, _, err = place.run("submit", *serve, "queue_size=3", *at)
+    assert code == 2, err
+    assert f"nexusgen jobs stop {made['id']} --address {place.address}" in err
+    code, _, err = place.run("submit", *serve, "queue_size=3", "--id", made["id"], *at)
+    assert code == 2, err
+    assert "runs under this id, with other settings" in err
     # Submitted again while it runs: attached to. Ctrl-C leaves it running.
     process = place.start("submit", *serve, *at)
     assert process.stderr is not None
