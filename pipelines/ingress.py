@@ -27,6 +27,7 @@ from pipelines.orders import (
     ChatEvent,
     ChatOrder,
     Finished,
+    Lot,
     ModelInfo,
     OverloadedError,
     PictureEvent,
@@ -167,24 +168,29 @@ class HandleBackend:
     async def _retried(
         self, order: Any, answer: Callable[[Any, Held], AsyncGenerator[Any, None]]
     ) -> AsyncGenerator[Any, None]:
-        """An answer by whichever version is served; begun anew, before its first event, if that is being swapped."""
-        give_up = math.inf
+        """An answer by the version of its request; begun anew if that is being swapped, as long as nothing of the
+        request's answers has gone out: they are of one version."""
+        give_up, lot, has_begun = math.inf, order.lot, False
         while True:
-            has_begun = False
-            held = await self._pick(order.model, order.lot)
+            held = await self._pick(order.model, lot)
             try:
                 with self._using(held.info.fingerprint):
                     async with contextlib.aclosing(answer(order, held)) as events:
                         async for event in events:
-                            has_begun = True
+                            if lot.picked is not held:
+                                raise NotHeldError("another answer to the request found its version gone")
+                            has_begun = lot.has_begun = True
                             yield event
                 return
             except NotHeldError as error:
                 give_up = min(give_up, time.monotonic() + self._patience_s)
-                if has_begun or time.monotonic() > give_up:
-                    raise UnavailableError("The version of the model was taken down meanwhile; try again.") from error
                 await asyncio.sleep(RETRY_S)
-                await self._look(anew=True)
+                served = await self._look(anew=True)
+                must_change = lot.picked is held and held.info.fingerprint not in served.fingerprints
+                if has_begun or (must_change and lot.has_begun) or time.monotonic() > give_up:
+                    raise UnavailableError("The version of the model was taken down meanwhile; try again.") from error
+                if must_change:
+                    lot.picked = None
 
     @contextlib.contextmanager
     def _using(self, fingerprint: str) -> Iterator[None]:
@@ -228,16 +234,13 @@ class HandleBackend:
             elif isinstance(event, Replied):
                 yield Finished("length" if event.reason == "length" else "stop", held.info, event.usage)
 
-    async def _pick(self, model: str | None, lot: float) -> Held:
+    async def _pick(self, model: str | None, lot: Lot) -> Held:
         """The version for a request; of the default's, the canary takes its share. Raises: UnknownModelError."""
         served = await self._look()
-        if model is None or model == served.models[0].info.id:
-            return served.models[1 if lot < served.canary_share else 0]
-        for held in served.models:
-            if model in (held.info.id, f"{served.models[0].info.id}/{held.info.version}"):
-                return held
-        names = ", ".join(repr(held.info.id) for held in served.models)
-        raise UnknownModelError(f"The model {model!r} does not exist; this server has {names}.")
+        if lot.picked is None:
+            lot.picked = _choose(served, model, lot.number)
+        held: Held = lot.picked
+        return held
 
     async def _look(self, *, anew: bool = False) -> Served:
         """What is served, at most a little old unless it is wanted anew. Raises: UnavailableError."""
@@ -285,6 +288,17 @@ class HandleBackend:
         finally:
             if not is_over:
                 events.cancel()
+
+
+def _choose(served: Served, model: str | None, number: float) -> Held:
+    """The version that is asked for; `number` is a `Lot`'s. Raises: UnknownModelError."""
+    if model is None or model == served.models[0].info.id:
+        return served.models[1 if number < served.canary_share else 0]
+    for held in served.models:
+        if model in (held.info.id, f"{served.models[0].info.id}/{held.info.version}"):
+            return held
+    names = ", ".join(repr(held.info.id) for held in served.models)
+    raise UnknownModelError(f"The model {model!r} does not exist; this server has {names}.")
 
 
 @contextlib.contextmanager

@@ -50,6 +50,11 @@ class Served:
     models: tuple[Held, ...]
     canary_share: float = 0.0
 
+    @property
+    def fingerprints(self) -> set[str]:
+        """Of all versions that requests may be for."""
+        return {held.info.fingerprint for held in self.models}
+
 
 @dataclass(frozen=True)
 class _Refusal:
