@@ -43,11 +43,11 @@ class Swapped:
         await asyncio.sleep(0)  # an answer takes its time
         return told
 
-    async def _predict(self, fingerprint: str, order: PictureOrder) -> tuple[Predicted, Replied]:
+    async def _predict(self, fingerprint: str, order: PictureOrder, among: Any) -> tuple[Predicted, Replied]:
         self.asked[fingerprint] += 1
         return Predicted(np.zeros((4, 8), np.float32)), Replied("stop", Usage())
 
-    async def _draw(self, fingerprint: str, request: Any) -> Drawing:
+    async def _draw(self, fingerprint: str, request: Any, among: Any) -> Drawing:
         if fingerprint == "first" and request.settings.seed in self.waiting:
             await self.waiting[request.settings.seed].wait()
         if fingerprint == "first" and request.settings.seed == 1 and self.is_first_gone:
