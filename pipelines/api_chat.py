@@ -41,13 +41,13 @@ from pipelines.orders import (
     ChatOrder,
     Drawing,
     Finished,
+    Lot,
     Modality,
     ModelInfo,
     PictureSettings,
     Text,
     UnavailableError,
     Usage,
-    draw_lot,
 )
 
 MAX_STOPS = 4  # OpenAI's limit
@@ -403,7 +403,7 @@ def chat_orders(body: ChatRequest, messages: Sequence[Message], images: tuple[by
     seed = pick_seed(body.seed)
     size = parse_size(body.size)
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    lot = draw_lot()
+    lot = Lot()
     return [
         ChatOrder(
             messages=tuple(messages),

@@ -40,12 +40,12 @@ from pipelines.orders import (
     Backend,
     Drawing,
     Finished,
+    Lot,
     PartialPicture,
     PictureEvent,
     PictureOrder,
     PictureSettings,
     Usage,
-    draw_lot,
 )
 from pipelines.pictures import OutputFormat, encode_drawing, encode_partial
 
@@ -253,7 +253,7 @@ def picture_orders(request: PictureParameters, images: tuple[bytes, ...] = ()) -
         raise RefusedError(400, message, "output_compression", "invalid_value")
     seed = pick_seed(request.seed)
     size = parse_size(request.size)
-    lot = draw_lot()
+    lot = Lot()
     return [
         PictureOrder(
             request.prompt,

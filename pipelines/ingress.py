@@ -27,6 +27,7 @@ from pipelines.orders import (
     ChatEvent,
     ChatOrder,
     Finished,
+    Lot,
     ModelInfo,
     OverloadedError,
     PictureEvent,
@@ -42,6 +43,7 @@ from pipelines.versions import Served
 REFRESH_S = 1.0  # how old what is known of the versions may be
 ASK_TIMEOUT_S = 5.0
 RETRY_S = 0.2  # between two looks for a version that is being swapped
+MISROUTED_S = 10.0  # so long a call looks for one of the replicas that have its version, while others don't
 logger = logging.getLogger("nexusgen.serve")
 REFUSED_S = 1.0
 RECENT = 64  # orders from whose rate of completion the waiting time is told
@@ -113,6 +115,7 @@ class HandleBackend:
         self._versions, self._ar, self._decoders = versions, ar, decoders
         self._served: Served | None = None
         self._served_at = -math.inf
+        self._num_asked = self._answered = 0  # questions for what is served, and the last one that was answered
         self._refreshing: asyncio.Task[None] | None = None
         self._uses: Counter[str] = Counter()  # requests inside, by the version that they began with
 
@@ -167,24 +170,29 @@ class HandleBackend:
     async def _retried(
         self, order: Any, answer: Callable[[Any, Held], AsyncGenerator[Any, None]]
     ) -> AsyncGenerator[Any, None]:
-        """An answer by whichever version is served; begun anew, before its first event, if that is being swapped."""
-        give_up = math.inf
+        """An answer by the version of its request; begun anew if that is being swapped, as long as nothing of the
+        request's answers has gone out: they are of one version."""
+        give_up, lot, has_begun = math.inf, order.lot, False
         while True:
-            has_begun = False
-            held = await self._pick(order.model, order.lot)
+            held = await self._pick(order.model, lot)
             try:
                 with self._using(held.info.fingerprint):
                     async with contextlib.aclosing(answer(order, held)) as events:
                         async for event in events:
-                            has_begun = True
+                            if lot.picked is not held:
+                                raise NotHeldError("another answer to the request found its version gone")
+                            has_begun = lot.has_begun = True
                             yield event
                 return
             except NotHeldError as error:
                 give_up = min(give_up, time.monotonic() + self._patience_s)
-                if has_begun or time.monotonic() > give_up:
-                    raise UnavailableError("The version of the model was taken down meanwhile; try again.") from error
                 await asyncio.sleep(RETRY_S)
-                await self._look(anew=True)
+                served = await self._look(anew=True)
+                must_change = lot.picked is held and held.info.fingerprint not in served.fingerprints
+                if has_begun or (must_change and lot.has_begun) or time.monotonic() > give_up:
+                    raise UnavailableError("The version of the model was taken down meanwhile; try again.") from error
+                if must_change:
+                    lot.picked = None
 
     @contextlib.contextmanager
     def _using(self, fingerprint: str) -> Iterator[None]:
@@ -228,51 +236,67 @@ class HandleBackend:
             elif isinstance(event, Replied):
                 yield Finished("length" if event.reason == "length" else "stop", held.info, event.usage)
 
-    async def _pick(self, model: str | None, lot: float) -> Held:
+    async def _pick(self, model: str | None, lot: Lot) -> Held:
         """The version for a request; of the default's, the canary takes its share. Raises: UnknownModelError."""
         served = await self._look()
-        if model is None or model == served.models[0].info.id:
-            return served.models[1 if lot < served.canary_share else 0]
-        for held in served.models:
-            if model in (held.info.id, f"{served.models[0].info.id}/{held.info.version}"):
-                return held
-        names = ", ".join(repr(held.info.id) for held in served.models)
-        raise UnknownModelError(f"The model {model!r} does not exist; this server has {names}.")
+        if lot.picked is None:
+            lot.picked = _choose(served, model, lot.number)
+        held: Held = lot.picked
+        return held
 
     async def _look(self, *, anew: bool = False) -> Served:
         """What is served, at most a little old unless it is wanted anew. Raises: UnavailableError."""
         age_s = time.monotonic() - self._served_at
         if self._served is None or anew or age_s > 5 * REFRESH_S:
-            await self._refresh()
+            await self.refresh()
         elif age_s > REFRESH_S and (self._refreshing is None or self._refreshing.done()):
-            self._refreshing = asyncio.create_task(self._refresh())  # requests don't wait for it
+            self._refreshing = asyncio.create_task(self.refresh())  # requests don't wait for it
         if self._served is None:
             raise UnavailableError("The model is not loaded yet; try again shortly.")
         return self._served
 
-    async def _refresh(self) -> None:
+    async def refresh(self) -> None:
+        """Learn what is served now."""
+        self._num_asked += 1
+        number = self._num_asked
         try:
             async with asyncio.timeout(ASK_TIMEOUT_S):
-                self._served = await self._versions.served.remote()
+                served = await self._versions.served.remote()
+            if number > self._answered:  # not late, after the answer to a later question
+                self._served, self._answered = served, number
         except (TimeoutError, RayError, RayServeException) as error:
             logger.warning("what is served isn't known anew: %s: %s", type(error).__name__, error)
         self._served_at = time.monotonic()
 
     async def _ask(self, handle: DeploymentHandle[Any], method: str, held: Held, order: Any) -> Any:
         """One answer of a replica. Whoever cancels this stops the work there."""
-        answer = getattr(handle, method).remote(held.info.fingerprint, order)
-        with _serves_errors():
+        give_up = time.monotonic() + MISROUTED_S
+        while True:
+            among = self._among(held)
+            answer = getattr(handle, method).remote(held.info.fingerprint, order, among=among)
             try:
-                return await answer
+                with _serves_errors():
+                    return await answer
             except asyncio.CancelledError:
                 answer.cancel()
                 raise
+            except NotHeldError:  # on its way when a replica let the version go; others have it
+                if not among or time.monotonic() > give_up:
+                    raise
+            await asyncio.sleep(RETRY_S)
+
+    def _among(self, held: Held) -> frozenset[str]:
+        """The replicas that have a version, if not all have; of any deployment."""
+        rolling = self._served.rolling if self._served is not None else None
+        return rolling.replicas.get(held.info.fingerprint, frozenset()) if rolling is not None else frozenset()
 
     async def _stream(
         self, handle: DeploymentHandle[Any], method: str, held: Held, order: Any
     ) -> AsyncGenerator[Any, None]:
         """The events of a replica. Whoever closes this stops the work there."""
-        events = getattr(handle.options(stream=True), method).remote(held.info.fingerprint, order)
+        events = getattr(handle.options(stream=True), method).remote(
+            held.info.fingerprint, order, among=self._among(held)
+        )
         is_over = False
         try:
             with _serves_errors():
@@ -285,6 +309,21 @@ class HandleBackend:
         finally:
             if not is_over:
                 events.cancel()
+
+
+def _choose(served: Served, model: str | None, number: float) -> Held:
+    """The version that is asked for; `number` is a `Lot`'s. Raises: UnknownModelError."""
+    if model is None or model == served.models[0].info.id:
+        index = 1 if number < served.canary_share else 0
+        rolling = served.rolling
+        if rolling is not None and rolling.index == index and random.random() < rolling.share:
+            return rolling.new
+        return served.models[index]
+    for held in served.models:
+        if model in (held.info.id, f"{served.models[0].info.id}/{held.info.version}"):
+            return held
+    names = ", ".join(repr(held.info.id) for held in served.models)
+    raise UnknownModelError(f"The model {model!r} does not exist; this server has {names}.")
 
 
 @contextlib.contextmanager

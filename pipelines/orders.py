@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from nexusgen.errors import NexusgenError
 from nexusgen.schema import IMAGE_MARK, Message
@@ -50,9 +50,17 @@ class ModelInfo:
     refused: str = ""  # the version that its alias points to instead, and why that can't be served
 
 
-def draw_lot() -> float:
-    """From 0 up to 1, one for all orders of a request: below the canary's share it goes to the canary, as a whole."""
-    return random.random()
+@dataclass(eq=False)
+class Lot:
+    """What decides which version answers: one for all orders of a request, so that all its answers are of one version.
+
+    `number`, from 0 up to 1, is drawn: below the canary's share the request goes to the canary. The backend keeps in
+    `picked` what it has picked for the first of the orders, and whether something of an answer has gone out since.
+    """
+
+    number: float = field(default_factory=random.random)
+    picked: Any = None
+    has_begun: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ class PictureOrder:
     images: tuple[bytes, ...] = ()
     num_partial: int = 0  # pictures to show of the way there
     model: str | None = None  # id; None: the default
-    lot: float = field(default=1.0, compare=False)  # as `draw_lot` gives it
+    lot: Lot = field(default_factory=Lot, compare=False)  # one with the other orders of the request
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,7 @@ class ChatOrder:
     stop: tuple[str, ...] = ()
     seed: int = 0  # of the text
     model: str | None = None
-    lot: float = field(default=1.0, compare=False)  # as `draw_lot` gives it
+    lot: Lot = field(default_factory=Lot, compare=False)  # one with the other orders of the request
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -154,11 +154,16 @@ class Replica:
                 if reason:
                     raise ModelError(f"{pinned}: {reason}")
 
-    async def hold(self, wanted: Sequence[Held], drop_first: bool = False) -> dict[str, str]:
+    async def hold(
+        self, wanted: Sequence[Held], drop_first: bool = False, only: Collection[str] | None = None
+    ) -> dict[str, str]:
         """Hold these versions and no others. Gives by pinned name why one can't be held, or an empty text.
 
-        With `drop_first` the others go before a new one is loaded, for want of memory.
+        With `drop_first` the others go before a new one is loaded, for want of memory. `only` names the replicas that
+        are meant, if not all are; the others give nothing.
         """
+        if only is not None and _own_name() not in only:
+            return {}
         async with self._lock:
             names = {held.info.fingerprint for held in wanted}
             if drop_first:
@@ -167,6 +172,10 @@ class Replica:
             if not any(reasons.values()):  # or something that answers would go for something that can't
                 await self._drop([fingerprint for fingerprint in self._loaded if fingerprint not in names])
             return reasons
+
+    async def names(self) -> list[str]:
+        """This replica's name, by which `hold` and the router know it."""
+        return [_own_name()]
 
     async def held(self) -> list[Held]:
         """The versions that this replica holds."""
@@ -339,7 +348,7 @@ class Replica:
         if needed * ROOM_FOR_ONE_MORE > free:
             raise ResourceError(
                 f"{what} takes {needed / 1e9:.1f} GB, and {self._device} has {free / 1e9:.1f} GB free beside what is "
-                "served: set swap=in_place, which drops the old version first"
+                "served: set swap=in_place or swap=rolling, which drop the old version first"
             )
 
     @property
@@ -390,9 +399,12 @@ class ReplyReplica(Replica):
         await self.start(versions)
 
     async def reply(
-        self, fingerprint: str, order: ChatOrder | PictureOrder
+        self, fingerprint: str, order: ChatOrder | PictureOrder, among: Collection[str] = ()
     ) -> AsyncGenerator[Text | Predicted | Replied, None]:
-        """What the language model says to an order, piece by piece. Raises: NotHeldError, InputError."""
+        """What the language model says to an order, piece by piece. `among` is for the router (`version_router.py`).
+
+        Raises: NotHeldError, InputError.
+        """
         with self._using(fingerprint) as loop:
             can_edit = "editing_decoder" in self._manifests[fingerprint].parts
             request = await asyncio.to_thread(decode_order, order, self._variant(fingerprint), can_edit)
@@ -403,7 +415,9 @@ class ReplyReplica(Replica):
                         loop.stats.add_units("prompt_tokens", event.usage.prompt_tokens)
                     yield event
 
-    async def predict(self, fingerprint: str, order: PictureOrder) -> tuple[Predicted, Replied]:
+    async def predict(
+        self, fingerprint: str, order: PictureOrder, among: Collection[str] = ()
+    ) -> tuple[Predicted, Replied]:
         """What is to be drawn for an order, and how the reply ended. One answer costs less than a stream. Raises: as
         `reply`."""
         async with contextlib.aclosing(self.reply(fingerprint, order)) as stream:
@@ -432,8 +446,13 @@ class DrawReplica(Replica):
         super().__init__(settings)
         await self.start(versions)
 
-    async def draw(self, fingerprint: str, request: DrawRequest) -> AsyncGenerator[PartialPicture | Drawing, None]:
-        """The pictures of one prediction: partial ones and, last, the whole. Raises: NotHeldError, InputError."""
+    async def draw(
+        self, fingerprint: str, request: DrawRequest, among: Collection[str] = ()
+    ) -> AsyncGenerator[PartialPicture | Drawing, None]:
+        """The pictures of one prediction: partial ones and, last, the whole. `among` is for the router.
+
+        Raises: NotHeldError, InputError.
+        """
         from nexusgen.sampling import drawing_settings
 
         with self._using(fingerprint) as loop:
@@ -448,7 +467,7 @@ class DrawReplica(Replica):
                         loop.stats.add_units("pictures", 1)
                         yield Drawing(png, info, seed, made.steps, made.size, made.true_cfg_scale)
 
-    async def draw_at_once(self, fingerprint: str, request: DrawRequest) -> Drawing:
+    async def draw_at_once(self, fingerprint: str, request: DrawRequest, among: Collection[str] = ()) -> Drawing:
         """The whole picture alone. One answer costs less than a stream. Raises: as `draw`."""
         async with contextlib.aclosing(self.draw(fingerprint, request)) as events:
             (drawing,) = [event async for event in events if isinstance(event, Drawing)]
@@ -467,6 +486,12 @@ class DrawReplica(Replica):
         nothing = Predicted(np.zeros((rows * columns, decoder.config.embedding_dim), np.float32))
         async for image, _ in loop.events(DrawRequest(nothing, PictureSettings(seed=0, steps=1))):
             image.load()
+
+
+def _own_name() -> str:
+    from ray import serve
+
+    return serve.get_replica_context().replica_id.to_full_id_str()
 
 
 def _give_back_memory(device: str) -> None:

@@ -26,6 +26,7 @@ from pydantic import Field, model_validator
 from ray import serve as ray_serve
 from ray.exceptions import RayError
 from ray.serve import Application
+from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
@@ -89,8 +90,9 @@ class ServeConfig(Config):
     canary: str | None = Field(default=None, description="another version, which takes a share of the requests")
     canary_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     also: tuple[str, ...] = Field(default=(), description="further versions, which requests name as nexusgen/VERSION")
-    swap: Literal["beside", "in_place"] = Field(
-        default="beside", description="a new version is loaded beside the old one, or after it has gone"
+    swap: Literal["beside", "in_place", "rolling"] = Field(
+        default="beside",
+        description="a new version is loaded beside the old one, after it has gone, or so by one replica after another",
     )
     host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 opens the API to the network")
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
@@ -102,6 +104,16 @@ class ServeConfig(Config):
     request_timeout_s: Annotated[float, Field(gt=0)] = 300.0
     deterministic: bool = Field(default=False, description="the same bits for a request whatever its company; slower")
     allowed_image_hosts: tuple[str, ...] = Field(default=(), description="hosts that image URLs may point to")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        alone = [name for name in COMPUTING if getattr(self, name).bounds[0] < 2]
+        if self.swap == "rolling" and alone:
+            raise ValueError(
+                f"swap=rolling: {', '.join(alone)} may have one replica, and nobody answers while that one changes: "
+                "wanted 2 or more of ar, generation_decoder and editing_decoder each, or swap=in_place"
+            )
+        return self
 
     @property
     def url(self) -> str:
@@ -240,16 +252,19 @@ def _computing(name: str, config: ServeConfig, versions: Application) -> Applica
         deterministic=config.deterministic,
     )
     fewest, most = part.bounds
-    size: dict[str, Any] = {"num_replicas": fewest}
+    options: dict[str, Any] = {"num_replicas": fewest}
     if most > fewest:
         # As many as have one full batch of requests each.
-        size = {
+        options = {
             "autoscaling_config": {
                 "min_replicas": fewest,
                 "max_replicas": most,
                 "target_ongoing_requests": part.max_batch,
             }
         }
+    if config.swap == "rolling":
+        router: Any = "pipelines.version_router:VersionRouter"  # which Ray's annotations call a dict
+        options["request_router_config"] = RequestRouterConfig(request_router_class=router)
     deployment = ray_serve.deployment(
         name=name,
         max_ongoing_requests=MAX_ONGOING,
@@ -257,7 +272,7 @@ def _computing(name: str, config: ServeConfig, versions: Application) -> Applica
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         ray_actor_options={"num_cpus": part.cpus, "num_gpus": part.gpus, "runtime_env": {"env_vars": _HOPS}},
-        **size,
+        **options,
     )
     return deployment(ReplyReplica if name == "ar" else DrawReplica).bind(settings, versions)
 
@@ -283,6 +298,10 @@ class Ingress:
     async def in_use(self) -> list[str]:
         """Fingerprints of the versions that requests inside began with."""
         return sorted(self._backend.in_use())
+
+    async def look(self) -> None:
+        """Know what is served now before this returns."""
+        await self._backend.refresh()
 
     async def drain(self, patience_s: float) -> int:
         """See `HandleBackend.drain`."""
