@@ -205,12 +205,19 @@ def test_rates_are_measured_by_a_real_walk(
     for job, rates in found.items():
         small = {kind: rate.units for kind, rate in rates.rates.items()}
         seconds, cpu_seconds = rates.predict(small)
-        assert seconds == pytest.approx(max(rates.seconds, seconds))  # what it was measured on
-        assert cpu_seconds == pytest.approx(max(rates.cpu_seconds, cpu_seconds))
+        # What it was measured on; more, if its units had taken longer than all of it.
+        assert seconds == pytest.approx(rates.seconds)
+        assert cpu_seconds == pytest.approx(rates.cpu_seconds)
         assert all(rates.rates[kind].seconds > 0 for kind in units_of(request, job) if kind in rates.rates)
     plan = make_plan(type(request)(**{**vars(request), "calibrations": found}))
     assert {row.job for row in plan.jobs} == set(found)
-    assert "800 samples x" in next(row.formula for row in plan.jobs if row.job == "embed vision")
+    rows = {row.job: row for row in plan.jobs}
+    assert "800 samples x" in rows["embed vision"].formula
+    assert "40 drawn x" in rows["evaluate"].formula
+    for job in ("pack", "embed vision", "train ar", "evaluate"):
+        planned = sum(number * found[job].rates[kind].seconds for kind, number in units_of(request, job).items())
+        assert rows[job].seconds == pytest.approx(found[job].fixed_seconds + planned)
+        assert found[job].seconds < (rows[job].seconds or 0.0)  # as there is more to do
     assert not (tmp_path / "big").exists()
 
 
