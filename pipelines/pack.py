@@ -313,6 +313,9 @@ class _World(_Work):
 
     def write(self, account: Account) -> None:
         todo = [name for name, entry in self._entries.items() if entry is None]
+        if any(self._spans[name][0] == "generation" for name in todo):
+            for lang in get_args(shapes.Lang):  # all prompts are listed once: no part of what a sample costs
+                shapes.short_prompts(lang, is_held_out=False)
         for name in todo:
             started = process_use.clock()
             task, start, count = span = self._spans[name]

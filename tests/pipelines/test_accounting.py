@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from test_train import make_config, recorded
 
+from nexusgen import shapes
 from nexusgen.errors import QuarantineError
 from pipelines import embedded, process_use
 from pipelines.accounting import (
@@ -117,6 +118,22 @@ def test_embed_and_pack_tell_what_all_processes_used_over_restarts(
     assert samples == 7
     assert 0 < seconds < attempts[0]["seconds"]
     assert 0 < cpu_seconds < attempts[0]["cpu_seconds"]
+
+
+def test_what_pack_does_once_is_no_samples_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes.short_prompts.cache_clear()
+    clock, listed = process_use.clock, list[int]()
+
+    def observed() -> tuple[float, float]:
+        listed.append(shapes.short_prompts.cache_info().currsize)
+        return clock()
+
+    monkeypatch.setattr(process_use, "clock", observed)
+    pack(PackConfig(storage=str(tmp_path), name="n", counts={"generation": 2}))
+    assert listed[0] == 2  # both languages' prompts, which take a second
+    shapes.short_prompts.cache_clear()
+    pack(PackConfig(storage=str(tmp_path), name="other", counts={"understanding": 1}))
+    assert shapes.short_prompts.cache_info().currsize == 0  # which needs none
 
 
 def test_a_training_counts_all_ranks_and_restarts(
