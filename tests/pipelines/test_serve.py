@@ -326,10 +326,17 @@ def refused(url: str) -> str:
     return str(httpx.get(f"{url}/v1/models").json()["data"][0]["refused"])
 
 
+def is_drawing(url: str) -> bool:
+    """Whether requests are in the generation decoder."""
+    present = 'nexusgen_engine_requests_present{deployment="generation_decoder"'
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    return any(line.startswith(present) and float(line.rpartition(" ")[2]) > 0 for line in lines)
+
+
 def test_a_killed_replica_costs_its_own_requests_and_comes_back(url: str) -> None:
     with ThreadPoolExecutor(4) as pool:
-        calls = [pool.submit(post, url, prompt="a circle", seed=seed, steps=100) for seed in range(4)]
-        time.sleep(0.5)
+        calls = [pool.submit(post, url, prompt="a circle", seed=seed, steps=200) for seed in range(4)]
+        wait_until(lambda: is_drawing(url))
         for pid in replica_pids("generation_decoder"):
             os.kill(pid, signal.SIGKILL)
         statuses = {call.result().status_code for call in calls}
