@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tiny_training import make_embedded, make_tiny_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loggers_as_before() -> Iterator[None]:
+    """Replicas that live in the tests' own process have it log to stderr, which other files' tests read."""
+    loggers = [logging.getLogger(name) for name in ("nexusgen.serve", "pipelines.storage")]
+    before = [(one.handlers[:], one.level) for one in loggers]
+    yield
+    for one, (handlers, level) in zip(loggers, before, strict=True):
+        one.handlers = handlers
+        one.setLevel(level)
 
 
 @pytest.fixture
