@@ -24,7 +24,17 @@ from nexusgen.messages import MAX_PROMPT_CHARACTERS, plain_text
 from nexusgen.schema import IMAGE_MARK, Message
 from pipelines.api_errors import RefusedError, documented
 from pipelines.api_guard import CHAT_PATH
-from pipelines.api_images import GuidanceScale, Label, Seed, Size, Steps, format_size, parse_size, pick_seed
+from pipelines.api_images import (
+    GuidanceScale,
+    Label,
+    Seed,
+    Size,
+    Steps,
+    check_count,
+    format_size,
+    parse_size,
+    pick_seed,
+)
 from pipelines.api_inputs import PictureReader
 from pipelines.api_settings import (
     MAX_CHOICES,
@@ -330,6 +340,7 @@ def add_chat_routes(router: APIRouter, backend: Backend, settings: ApiSettings) 
     )
     async def chat(request: Request, body: ChatRequest) -> Response:
         _check(body)
+        check_count(body.n, settings)
         messages, urls = conversation(body)
         orders = chat_orders(body, messages, await reader.read_urls(urls))
         source = watched(request, [backend.chat(order) for order in orders], settings.request_timeout_s)

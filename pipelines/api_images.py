@@ -207,6 +207,7 @@ def add_image_routes(router: APIRouter, backend: Backend, settings: ApiSettings)
     errors = documented(400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
 
     async def answer(request: Request, body: PictureParameters, images: tuple[bytes, ...]) -> Response:
+        check_count(body.n, settings)
         orders = picture_orders(body, images)
         source = watched(request, [backend.draw(order) for order in orders], settings.request_timeout_s)
         kind: Kind = "image_edit" if images else "image_generation"
@@ -265,6 +266,13 @@ def picture_orders(request: PictureParameters, images: tuple[bytes, ...] = ()) -
         )
         for index in range(request.n or 1)
     ]
+
+
+def check_count(n: int | None, settings: ApiSettings) -> None:
+    """Raises: RefusedError (400) if so many answers never have room at one time; a 429 would have clients come back."""
+    if n is not None and n > settings.max_orders:
+        message = f"Invalid 'n': {n}, but this server works on {settings.max_orders} answers at most at one time."
+        raise RefusedError(400, message, "n", "invalid_value")
 
 
 def pick_seed(seed: int | None) -> int:

@@ -34,13 +34,15 @@ class ApiSettings:
 
     `api_keys`: any of these opens `/v1` and `/metrics`; without any, they are open. `allowed_image_hosts`: `HOST` or
     `HOST:PORT` from which pictures of a chat may be fetched; an address that isn't public must be listed itself.
-    `check_room` raises OverloadedError or UnavailableError while no request can be let in: asked before a body is read.
+    `max_orders` answers are worked on at most at one time. `check_room` raises OverloadedError or UnavailableError
+    while no request can be let in: asked before a body is read.
     `more_metrics` gives Prometheus text that `/metrics` appends to the door's own. `page_folder` holds `index.html`.
     """
 
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     allowed_image_hosts: tuple[str, ...] = ()
     request_timeout_s: float = 300.0
+    max_orders: int = MAX_CHOICES
     check_room: Callable[[], None] | None = None
     more_metrics: Callable[[], Awaitable[str]] | None = None
     page_folder: Path = PAGE_FOLDER

@@ -323,6 +323,7 @@ class Ingress:
                 api_keys=keys,
                 allowed_image_hosts=config.allowed_image_hosts,
                 request_timeout_s=config.request_timeout_s,
+                max_orders=config.queue_size,
                 check_room=self._backend.admission.check,
                 more_metrics=self._backend.metrics,
             ),

@@ -527,3 +527,18 @@ def test_bytes_of_a_chunked_body_are_counted(caller: Caller) -> None:
     assert "content-length" not in response.request.headers
     assert response.status_code == 413
     assert error_of(response)["code"] == "body_too_large"
+
+
+def test_more_answers_than_ever_have_room_are_refused_for_good(backend: Painter) -> None:
+    caller = Caller(backend, ApiSettings(max_orders=3))
+    assert caller.chat(user("x"), n=3).status_code == 200
+    for response in (
+        caller.chat(user("x"), n=4),
+        caller.generate(prompt="x", n=4),
+    ):
+        assert response.status_code == 400
+        error = error_of(response)
+        assert (error["param"], error["message"]) == (
+            "n",
+            "Invalid 'n': 4, but this server works on 3 answers at most at one time.",
+        )
