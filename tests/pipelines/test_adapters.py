@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from served_versions import move_alias, with_editing_decoder
 from servers import free_port
 from test_lora import FAST, train_followed
-from test_serve import SMALL, assert_same_picture, picture_of, post, replica_pids, wait_until
+from test_serve import SMALL, assert_same_picture, picture_of, post, replica_pids, served, wait_until
 from test_train import make_config
 from tiny_training import HIDDEN_SIZE
 
@@ -33,7 +33,7 @@ from nexusgen.model.manifest import read_manifest
 from nexusgen.model.weights import assemble_model, load_model
 from nexusgen.sampling import generate_images
 from nexusgen.schema import Message
-from pipelines import registry, serve
+from pipelines import registry
 from pipelines.engines import DrawRequest, Predicted
 from pipelines.lora import ADAPTER_FILE, AdapterRecord, merge_file
 from pipelines.orders import ChatOrder, ModelInfo, PictureOrder, PictureSettings, Text
@@ -305,10 +305,8 @@ def config(storage_uri: str, kept: dict[str, Path]) -> ServeConfig:
 
 @pytest.fixture(scope="module")
 def url(ray_cluster: Any, config: ServeConfig) -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        yield serve.start(config)
-    serve.shutdown()
+    with served(config) as address:
+        yield address
 
 
 def metric(url: str, name: str, deployment: str) -> list[float]:

@@ -16,7 +16,7 @@ import httpx
 import pytest
 from served_versions import add_version, cut_short, move_alias, with_editing_decoder
 from servers import free_port
-from test_serve import assert_same_picture, picture_of, post, refused, wait_until
+from test_serve import assert_same_picture, picture_of, post, refused, served, wait_until
 from tiny_training import make_tiny_model
 
 from nexusgen.config import parse_config
@@ -24,7 +24,6 @@ from nexusgen.errors import ConfigError
 from nexusgen.model.manifest import read_manifest
 from nexusgen.model.weights import load_model
 from nexusgen.sampling import generate_images
-from pipelines import serve
 from pipelines.serve import PartConfig, ServeConfig
 
 pytestmark = pytest.mark.usefixtures("no_server")
@@ -58,10 +57,8 @@ def config(folders: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Ser
 
 @pytest.fixture(scope="module")
 def url(ray_cluster: Any, config: ServeConfig) -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        yield serve.start(config)
-    serve.shutdown()
+    with served(config) as address:
+        yield address
 
 
 def weights_of_replicas(url: str) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
@@ -66,12 +67,19 @@ def config(folders: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
     )
 
 
-@pytest.fixture(scope="module")
-def url(ray_cluster: Any, config: ServeConfig) -> Iterator[str]:
+@contextlib.contextmanager
+def served(config: ServeConfig) -> Iterator[str]:
+    """Its address, as long as the body runs. MLflow is embedded in the storage, whatever the environment says."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         yield serve.start(config)
     serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def url(ray_cluster: Any, config: ServeConfig) -> Iterator[str]:
+    with served(config) as address:
+        yield address
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{config.url}/health")
 
