@@ -37,7 +37,7 @@ SLACK = 1.25  # of a rank's part, in anonymous memory
 LARGEST_SHARE = 0.5  # of the whole model in fp32, resident
 # Prints the growth of RssAnon and of VmRSS, in bytes: rank, way, folder.
 RANK = """
-import json, sys, threading, time
+import json, os, sys, threading, time
 from pathlib import Path
 import torch
 from nexusgen.model.weights import load_model
@@ -78,9 +78,10 @@ else:
 seconds = time.monotonic() - started
 is_over.set()
 thread.join()
-print(json.dumps([b - a for a, b in zip(before, peak)] + [seconds]))
+print(json.dumps([b - a for a, b in zip(before, peak)] + [seconds]), flush=True)
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
+os._exit(0)  # a thread of gloo that still holds a tensor would abort the interpreter's own end
 """
 
 

@@ -418,6 +418,7 @@ def work(rank: int, folder: str, remote: str, port: int) -> None:
     with pytest.raises(ResourceError, match=f"step-000015: {cause}"):
         saver.close()
     torch.distributed.destroy_process_group()
+    os._exit(0)  # a thread of gloo that still holds a tensor would abort the interpreter's own end
 
 
 @pytest.fixture(scope="module")

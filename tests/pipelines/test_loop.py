@@ -47,8 +47,10 @@ loop.training_steps = watched
 for config in configs:
     records.append([])
     loop.run_training(TrainConfig.model_validate(config), "r", loop.Ranks(rank, world_size), None)
-open(out, "w").write(json.dumps(records))
+with open(out, "w") as file:
+    json.dump(records, file)
 torch.distributed.destroy_process_group()
+os._exit(0)  # a thread of gloo that still holds a tensor would abort the interpreter's own end
 """
 
 

@@ -33,7 +33,7 @@ LORA = LoraConfig(rank=4, alpha=8, targets=("q_proj", "down_proj"))
 CPU = torch.device("cpu")
 # One of two ranks: shards what stages on model folders train before it has weights, fills it; rank 0 writes all of it.
 RANK = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
@@ -59,6 +59,7 @@ for number, (stage, folder, lora) in enumerate(json.loads(sys.argv[3])):
     if rank == 0:
         save_file(state | buffers, out / f"{number}.safetensors")
 torch.distributed.destroy_process_group()
+os._exit(0)  # a thread of gloo that still holds a tensor would abort the interpreter's own end
 """
 
 
