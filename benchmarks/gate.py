@@ -27,7 +27,9 @@ from nexusgen.errors import GateError  # noqa: E402
 from pipelines.embed import embed  # noqa: E402
 from pipelines.evaluate import evaluate  # noqa: E402
 from pipelines.pack import pack  # noqa: E402
-from pipelines.registry import MODEL_NAME, PromoteConfig, RegisterConfig, promote, register  # noqa: E402
+from pipelines.promote import PromoteConfig, promote  # noqa: E402
+from pipelines.register import RegisterConfig, register  # noqa: E402
+from pipelines.registry import MODEL_NAME  # noqa: E402
 from pipelines.runtime import ray_cluster  # noqa: E402
 from pipelines.train import train  # noqa: E402
 

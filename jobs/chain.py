@@ -28,7 +28,8 @@ from pipelines.accounting import Prices
 from pipelines.embed import EmbedConfig, embed
 from pipelines.evaluate import EvaluateConfig, evaluate
 from pipelines.pack import PackConfig, pack
-from pipelines.registry import PromoteConfig, RegisterConfig, promote, register
+from pipelines.promote import PromoteConfig, promote
+from pipelines.register import RegisterConfig, register
 from pipelines.runtime import JobReport
 from pipelines.train import TrainConfig, train
 

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Outcome:
     """Ask the gate and move the alias."""
-    from pipelines.registry import PromoteConfig, promote
+    from pipelines.promote import PromoteConfig, promote
 
     return report_outcome(
         promote(

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Outcome:
     """Read the configuration and run the job."""
-    from pipelines.registry import RegisterConfig, register
+    from pipelines.register import RegisterConfig, register
 
     return report_outcome(register(read_config(RegisterConfig, arguments)))
 

@@ -119,7 +119,7 @@ def config_classes() -> dict[str, type]:
     from pipelines.embed import EmbedConfig
     from pipelines.evaluate import EvaluateConfig
     from pipelines.pack import PackConfig
-    from pipelines.registry import RegisterConfig
+    from pipelines.register import RegisterConfig
     from pipelines.serve import ServeConfig
     from pipelines.train import TrainConfig
 

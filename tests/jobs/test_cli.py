@@ -31,7 +31,7 @@ from nexusgen.model.manifest import read_manifest
 from pipelines.embed import EmbedConfig
 from pipelines.evaluate import EvaluateConfig
 from pipelines.pack import PackConfig
-from pipelines.registry import RegisterConfig
+from pipelines.register import RegisterConfig
 from pipelines.serve import ServeConfig
 from pipelines.train import TrainConfig
 

@@ -179,7 +179,7 @@ def test_the_card_sums_over_the_lineage(tmp_path: Path, base: Path) -> None:
     from test_registry import NAME, train_by_hand
 
     from pipelines import checkpoint
-    from pipelines.registry import RegisterConfig, register
+    from pipelines.register import RegisterConfig, register
 
     storage = str(tmp_path)
     pack(PackConfig(storage=storage, name=NAME, counts={"generation": 4}))

@@ -37,7 +37,7 @@ from pipelines import registry
 from pipelines.engines import DrawRequest, Predicted
 from pipelines.lora import ADAPTER_FILE, AdapterRecord, merge_file
 from pipelines.orders import ChatOrder, ModelInfo, PictureOrder, PictureSettings, Text
-from pipelines.registry import RegisterConfig, register
+from pipelines.register import RegisterConfig, register
 from pipelines.replicas import DrawReplica, Held, NotHeldError, ReplicaSettings, ReplyReplica
 from pipelines.serve import ServeConfig
 

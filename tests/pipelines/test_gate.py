@@ -21,7 +21,7 @@ from nexusgen import shapes
 from nexusgen.config import read_values
 from nexusgen.statistics import holm, mean_of_groups, mean_of_groups_interval, probability_by_chance
 from pipelines.gate import REFERENCE_DROP, Evaluation, Rules, compare, judge
-from pipelines.registry import CHAMPION_THRESHOLDS, PromoteConfig
+from pipelines.promote import CHAMPION_THRESHOLDS, PromoteConfig
 from pipelines.suite_demo_world import DemoWorldSuite
 
 SUITE = DemoWorldSuite(

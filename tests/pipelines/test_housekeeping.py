@@ -23,7 +23,8 @@ from pipelines import checkpoint, embedded, registry, storage, tracking
 from pipelines.embed import EmbedConfig, embed
 from pipelines.housekeeping import Found, delete_garbage, find_garbage
 from pipelines.pack import PackConfig, pack
-from pipelines.registry import PromoteConfig, RegisterConfig, promote, register
+from pipelines.promote import PromoteConfig, promote
+from pipelines.register import RegisterConfig, register
 
 DAY_S = 86400.0
 

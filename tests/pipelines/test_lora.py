@@ -20,12 +20,13 @@ from nexusgen.config import load_config, parse_config
 from nexusgen.errors import ConfigError, FingerprintError, ModelError
 from nexusgen.model.manifest import read_manifest
 from nexusgen.model.weights import assemble_model, iterate_tensors, load_model
-from pipelines import checkpoint, registry, tracking
+from pipelines import checkpoint, tracking
 from pipelines.checkpoint import Checkpoint
 from pipelines.follow import validate
 from pipelines.loop import Ranks, make_optimizer, open_training, run_training
 from pipelines.lora import ADAPTER_FILE, ADAPTER_RECORD, LoraConfig, merge_adapters, merge_file
-from pipelines.registry import RegisterConfig, register, resolve_model
+from pipelines.register import RegisterConfig, register
+from pipelines.registry import resolve_model
 from pipelines.stage_data import StageSource
 from pipelines.stages import AutoregressiveStage, StepRandom, build_stage
 from pipelines.train import TrainConfig, train
@@ -348,4 +349,4 @@ def test_only_an_adapter_can_be_kept(storage_uri: str, model: Path) -> None:
     common = {"storage": storage_uri, "name": "in-full", "model": str(model), "adapter": "keep"}
     with pytest.raises(ConfigError, match=r"adapter=keep wants .*in-full/ar/step-000001 was trained in full"):
         register(RegisterConfig(generation_decoder=None, **common))
-    assert registry.RegisterConfig(storage="s", name="n").adapter == "merge"
+    assert RegisterConfig(storage="s", name="n").adapter == "merge"

@@ -15,7 +15,8 @@ from nexusgen.schema import MANIFEST_NAME
 from pipelines import checkpoint, embedded, model_card
 from pipelines.embed import EmbedConfig, embed
 from pipelines.pack import PackConfig, pack
-from pipelines.registry import PromoteConfig, RegisterConfig, promote, register
+from pipelines.promote import PromoteConfig, promote
+from pipelines.register import RegisterConfig, register
 
 pytestmark = pytest.mark.usefixtures("no_server")
 

@@ -17,17 +17,9 @@ from nexusgen.model.manifest import read_manifest
 from nexusgen.model.weights import load_model, start_editing_decoder
 from nexusgen.statistics import mean_of_groups_interval
 from pipelines import checkpoint, registry, tracking
-from pipelines.registry import (
-    PromoteConfig,
-    RegisterConfig,
-    attach_scores,
-    measures_uri,
-    promote,
-    register,
-    resolve_model,
-    root_base,
-    scores_uri,
-)
+from pipelines.promote import PromoteConfig, promote
+from pipelines.register import RegisterConfig, register
+from pipelines.registry import attach_scores, measures_uri, resolve_model, root_base, scores_uri
 from pipelines.storage import write_json
 
 pytestmark = pytest.mark.usefixtures("no_server")
