@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 import time
 import warnings
@@ -37,6 +38,7 @@ DEMO_CONFIGS = Path(__file__).parent / "configs" / "demo"
 DEFAULT_STORAGE = "runs/demo"
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # of pictures that a command writes
 
+NUMBER = re.compile(r"[-+]?\d")  # how a table's cell begins that holds one
 MAX_SIDES = {"JPEG": 65_500, "WEBP": 16_383}  # pixels; libjpeg's and libwebp's limits
 
 # Set before the libraries are imported, in this process and those that it starts; what the user has set stays.
@@ -355,15 +357,13 @@ def check_folder(folder: Path) -> None:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns side by side, the first aligned to the left and numbers to the right."""
-    table = [header, *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
-    lines = []
-    for row in table:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        lines.append("  ".join(cells).rstrip())
-    lines.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(lines)
+    """Columns side by side: the first, and those of words, aligned to the left, those of numbers to the right."""
+    padded = []
+    for number, (name, *cells) in enumerate(zip(header, *rows, strict=True)):
+        width = max(map(len, (name, *cells)))
+        is_words = number == 0 or not all(NUMBER.match(cell) for cell in cells if cell)
+        padded.append([cell.ljust(width) if is_words else cell.rjust(width) for cell in (name, "-" * width, *cells)])
+    return "\n".join("  ".join(row).rstrip() for row in zip(*padded, strict=True))
 
 
 def _be_quiet() -> None:

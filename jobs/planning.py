@@ -214,7 +214,7 @@ def small_road(road: RoadConfig, samples: int, folder: str) -> RoadConfig:
         less = {"num_steps": steps, "warmup_steps": min(config.warmup_steps, steps), "data": None}
         changed[f"train_{stage}"] = config.model_copy(update=moved | less)
     evaluate = road.evaluate
-    less = {
+    fewer: dict[str, int | str | None] = {
         "per_category": max(1, int(SMALL * evaluate.per_category)),
         "num_explicit": int(SMALL * evaluate.num_explicit),
         "num_questions": int(SMALL * evaluate.num_questions),
@@ -223,7 +223,7 @@ def small_road(road: RoadConfig, samples: int, folder: str) -> RoadConfig:
         "num_pictures": 0,
         "data": None if evaluate.data is None else name,
     }
-    changed["evaluate"] = evaluate.model_copy(update=moved | less)
+    changed["evaluate"] = evaluate.model_copy(update=moved | fewer)
     changed["promote"] = road.promote.model_copy(update={"storage": storage, "thresholds": {}})
     return road.model_copy(update=changed)
 
@@ -262,6 +262,7 @@ def calibrations_of(reports: tuple[JobReport, ...], storage: str, name: str) -> 
     """Rates of a road's jobs, from its reports and the accounts that it has left in its storage."""
     found = {}
     for report in reports:
+        place: tuple[str, ...]
         if report.job in MODES:
             place = ("embed", name, MODES[report.job])
         elif report.job in STAGE_JOBS.values():

@@ -16,7 +16,7 @@ from nexusgen.errors import ConfigError, FingerprintError, GateError, InputError
 from nexusgen.model.manifest import read_manifest
 from nexusgen.model.weights import load_model, start_editing_decoder
 from nexusgen.statistics import mean_of_groups_interval
-from pipelines import checkpoint, registry, tracking
+from pipelines import checkpoint, tracking
 from pipelines.promote import PromoteConfig, promote
 from pipelines.register import RegisterConfig, register
 from pipelines.registry import attach_scores, measures_uri, resolve_model, root_base, scores_uri
@@ -348,7 +348,7 @@ def test_tracking_server_with_local_and_with_s3_storage(
         road_by_hand(local, base)
         config = RegisterConfig(storage=local, name=NAME, model=str(base))
         with monkeypatch.context() as small:
-            small.setattr(registry, "MAX_ARTIFACT_BYTES", 1000)
+            small.setattr("pipelines.register.MAX_ARTIFACT_BYTES", 1000)
             with pytest.raises(ConfigError, match=rf"127.0.0.1:{port} .*{local}.*s3://"):
                 register(config)
         first = register(config).outputs
