@@ -13,6 +13,7 @@ without its threshold. `--keep` leaves all of it running for so many seconds, fo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -61,7 +62,8 @@ def main() -> int:
     from pipelines import runtime, serve
     from pipelines.serve import ServeConfig
 
-    with tempfile.TemporaryDirectory() as name, runtime.ray_cluster(1, "watching"):
+    talk = contextlib.redirect_stdout(sys.stderr)  # Ray's; what is printed is the report
+    with talk, tempfile.TemporaryDirectory() as name, runtime.ray_cluster(1, "watching"):
         folder = Path(name)
         agent = ray.nodes()[0]["MetricsExportPort"]
         config = folder / "prometheus.yml"
