@@ -125,6 +125,22 @@ def test_pods_are_closed_and_bounded(overlay: str) -> None:
             assert all(group["minReplicas"] <= group["replicas"] <= group["maxReplicas"] for group in workers)
 
 
+def test_all_three_kinds_have_the_same_cluster() -> None:
+    """Plain YAML says it three times over: what is changed in one place must be changed in all."""
+    specs = {}
+    for path in (CLUSTER / "kuberay" / "base").glob("ray-*.yaml"):
+        resource = yaml.safe_load(path.read_text())
+        spec = resource["spec"]
+        for key in CLUSTER_SPECS[resource["kind"]]:
+            spec = spec[key]
+        specs[resource["kind"]] = spec
+    for group in specs["RayService"]["workerGroupSpecs"]:
+        del group["template"]["spec"]["containers"][0]["readinessProbe"]  # its workers run no proxy of Serve
+    assert specs.keys() == CLUSTER_SPECS.keys()
+    assert specs["RayJob"] == specs["RayCluster"]
+    assert specs["RayService"] == specs["RayCluster"]
+
+
 def test_ray_job_leaves_nothing_behind() -> None:
     """Clusters of jobs that have failed or hang must go: kuberay's issues 2155 and 3860."""
     for overlay in OVERLAYS:
