@@ -14,13 +14,13 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
 
 from nexusgen.config import Config, dump_config
-from nexusgen.errors import ConfigError, ModelError, NexusgenError
+from nexusgen.errors import ConfigError, ModelError, NexusgenError, ResourceError
 from nexusgen.flow_matching import LevelDensity
 from nexusgen.model.manifest import Manifest, read_manifest
 from nexusgen.schema import Task
@@ -37,6 +37,9 @@ from pipelines.registry import pin_model, resolve_model
 from pipelines.runtime import CpuMeter, JobReport, ray_cluster
 from pipelines.stage_data import Embeddings
 from pipelines.stages import STAGES, StageName
+
+if TYPE_CHECKING:
+    from ray.train import WorkerGroupError
 
 SHOW_EVERY_S = 10.0  # the driver prints where rank 0 is
 RESIZE_EVERY_S = 60.0  # Ray Train looks whether there is room for another number of workers
@@ -82,7 +85,8 @@ class TrainConfig(Config):
 
     # [min, max]: as many as there is room for, at any time. A step is cut as for max; fewer take more of it each.
     num_workers: int | tuple[int, int] = 1
-    max_restarts: int = Field(default=3, ge=0)  # of the workers, from the last checkpoint, when one or its node dies
+    # Of the workers, from the last checkpoint, when one or its node dies. More, without a step saved meanwhile, end it.
+    max_restarts: int = Field(default=3, ge=0)
     parallelism: Literal["replicated", "fsdp"] = "replicated"  # of weights, gradients and optimizer
     accumulate: int = Field(default=1, ge=1)  # micro-batches that a worker, of the most, makes of its part of a step
     activation_checkpointing: bool = False  # compute activations again in the backward, for a third more arithmetic
@@ -295,7 +299,12 @@ def _report(seconds: float, cpu_seconds: float, done: Checkpoint, resumed_from: 
 
 
 def _fit(config: TrainConfig, run_id: str, place: str) -> None:
-    """Run `_work` on the workers until the last step. Raises: the workers' own NexusgenError."""
+    """Run `_work` on the workers until the last step.
+
+    Ray Train counts restarts for good, and a long training on machines that come and go would use up any number. So
+    where they are used up, but steps were saved meanwhile, it begins anew.
+    Raises: the workers' own NexusgenError; ResourceError if they die again and again without a step being saved.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -309,45 +318,79 @@ def _fit(config: TrainConfig, run_id: str, place: str) -> None:
         "num_workers": config.num_workers,
         "elastic_resize_monitor_interval_s": RESIZE_EVERY_S,
     }
-    callbacks: list[Any] = [SignalCallback(), ResizeCallback()]
-    trainer = TorchTrainer(
-        _work,
-        train_loop_config={"config": config.model_dump(mode="json"), "run_id": run_id, "place": place},
-        scaling_config=ScalingConfig(
-            use_gpu=config.gpus_per_worker > 0,
-            resources_per_worker={"CPU": config.cpus_per_worker},
-            **scaling,
-        ),
-        run_config=RunConfig(
-            name=f"{config.stage}-{uuid.uuid4().hex[:8]}",
-            storage_path=scratch,
-            failure_config=FailureConfig(max_failures=config.max_restarts),
-            callbacks=callbacks,
-        ),
-        torch_config=TorchConfig(backend="nccl" if config.gpus_per_worker else "gloo"),
-    )
+
+    def fit() -> None:
+        callbacks: list[Any] = [SignalCallback(), ResizeCallback()]
+        TorchTrainer(
+            _work,
+            train_loop_config={"config": config.model_dump(mode="json"), "run_id": run_id, "place": place},
+            scaling_config=ScalingConfig(
+                use_gpu=config.gpus_per_worker > 0,
+                resources_per_worker={"CPU": config.cpus_per_worker},
+                **scaling,
+            ),
+            run_config=RunConfig(
+                name=f"{config.stage}-{uuid.uuid4().hex[:8]}",
+                storage_path=scratch,
+                failure_config=FailureConfig(max_failures=config.max_restarts),
+                callbacks=callbacks,
+            ),
+            torch_config=TorchConfig(backend="nccl" if config.gpus_per_worker else "gloo"),
+        ).fit()
+
     is_main_thread = threading.current_thread() is threading.main_thread()
     on_interrupt = signal.getsignal(signal.SIGINT)
     told = f"train {config.stage}: SIGTERM; it saves after this step and ends, a second SIGTERM ends it at once"
     try:
         with saved_on_sigterm(stop_uri, told):
-            trainer.fit()
+            is_through = False
+            while not is_through:
+                saved = _saved_step(place)
+                try:
+                    fit()
+                    is_through = True
+                except WorkerGroupError as error:
+                    _check_goes_on(config, error, saved, _saved_step(place))
     except SystemExit:  # how Ray's own handler of SIGINT, which aborts the workers, ends the driver
         if is_main_thread:
             raise KeyboardInterrupt from None
         raise  # Ray went down under this thread; the main thread knows why
-    except WorkerGroupError as error:
-        for failure in error.worker_failures.values():
-            cause = getattr(failure, "_base_exc", failure)  # Ray wraps what a worker raised together with its traceback
-            if isinstance(cause, NexusgenError):
-                raise cause from None
-        raise
     finally:
         if is_main_thread and on_interrupt is not None:
             signal.signal(signal.SIGINT, on_interrupt)  # Ray leaves its handler behind
         storage.delete(stop_uri)
         if not storage.is_remote(scratch):
             shutil.rmtree(storage.local_path(scratch), ignore_errors=True)
+
+
+def _saved_step(place: str) -> int:
+    """The last step in a checkpoint; 0 if there is none."""
+    found = checkpoint.latest(place)
+    return found.meta.step if found is not None else 0
+
+
+def _check_goes_on(config: TrainConfig, error: WorkerGroupError, saved_before: int, saved: int) -> None:
+    """Raises: as `_fit`, if a training whose restarts are used up would only end so again."""
+    failures = error.worker_failures.values()
+    raised = [failure._base_exc for failure in failures if hasattr(failure, "_base_exc")]  # with Ray's traceback around
+    faults = [cause for cause in raised if not isinstance(cause, WorkerStoppedError)]
+    for fault in faults:
+        if isinstance(fault, NexusgenError):
+            raise fault from None
+    if saved == saved_before:
+        if faults:
+            raise error
+        raise ResourceError(
+            f"train {config.stage}: its workers ended early {config.max_restarts + 1} time(s) since step {saved} was "
+            f"saved (max_restarts={config.max_restarts}). Start it again and it goes on from there; if nodes go so "
+            "often, save more often (checkpoint_every)"
+        ) from error
+    print(
+        f"train {config.stage}: its workers ended early {config.max_restarts + 1} time(s), but step {saved} is saved: "
+        "they are started again",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _work(job: Mapping[str, Any]) -> None:
@@ -383,10 +426,7 @@ def _give_up(stopped: Notice, config: TrainConfig, ranks: Ranks, notices: Notice
         return
     if Notice.RESTART not in stopped:
         time.sleep(max(0.0, notices.seconds_left) + HOLD_S)  # Ray Train ends this process before
-    raise WorkerStoppedError(
-        f"train {config.stage}: a worker was told to end (SIGTERM), and max_restarts={config.max_restarts} restarts "
-        f"are used up. All steps are saved: start the training again, it goes on from there"
-    )
+    raise WorkerStoppedError(f"train {config.stage}: a worker was told to end (SIGTERM)")
 
 
 class WorkerStoppedError(NexusgenError):

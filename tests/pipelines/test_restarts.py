@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from test_train import make_config
 
 from jobs.command import EXIT_INTERRUPTED
 from nexusgen.config import dump_config
+from nexusgen.errors import ResourceError
 from nexusgen.losses import AUTOREGRESSIVE_WEIGHTS
 from pipelines import checkpoint
 from pipelines.runtime import RayCluster
@@ -131,14 +133,25 @@ def calm(
 
 
 def test_a_killed_worker_costs_steps_but_changes_no_bit(
-    tmp_path: Path, calm: tuple[TrainConfig, Mapping[int, float]], ray_cluster: RayCluster
+    tmp_path: Path,
+    calm: tuple[TrainConfig, Mapping[int, float]],
+    ray_cluster: RayCluster,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    """No restart is allowed, and yet it goes on from the checkpoint that was saved before."""
     undisturbed, expected = calm
-    config = undisturbed.model_copy(update={"name": "killed"})
-    killer = threading.Thread(target=signal_a_worker, args=(config, signal.SIGKILL, CHECKPOINT_EVERY + 5))
+    config = undisturbed.model_copy(update={"name": "killed", "max_restarts": 0})
+
+    def kill_after_a_checkpoint() -> None:
+        wait_for(lambda: checkpoint.latest(str(place_of(config))) is not None, "checkpoint")
+        signal_a_worker(config, signal.SIGKILL, CHECKPOINT_EVERY + 5)
+
+    killer = threading.Thread(target=kill_after_a_checkpoint)
     killer.start()
     report = train(config)
     killer.join()
+    told = r"train ar: its workers ended early 1 time\(s\), but step \d+ is saved: they are started again\n"
+    assert re.search(told, capfd.readouterr().err)
     assert report.outputs["step"] == NUM_STEPS
     history = losses_in_mlflow(config, report.outputs["run_id"])
     assert history.keys() == expected.keys()
@@ -147,6 +160,18 @@ def test_a_killed_worker_costs_steps_but_changes_no_bit(
     assert num_replayed > 0
     assert all(value == expected[step] for step, values in history.items() for value in values)
     assert_same_weights(config, undisturbed, tmp_path)
+
+
+def test_a_training_whose_workers_die_before_a_step_is_saved_ends(
+    calm: tuple[TrainConfig, Mapping[int, float]], ray_cluster: RayCluster
+) -> None:
+    update = {"name": "hopeless", "max_restarts": 0, "checkpoint_every": NUM_STEPS}
+    config = calm[0].model_copy(update=update)
+    killer = threading.Thread(target=signal_a_worker, args=(config, signal.SIGKILL, 2))
+    killer.start()
+    with pytest.raises(ResourceError, match=r"ended early 1 time\(s\) since step 0 was saved \(max_restarts=0\)"):
+        train(config)
+    killer.join()
 
 
 def test_a_worker_that_is_told_to_end_saves_first_and_no_step_is_computed_again(
