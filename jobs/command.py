@@ -357,11 +357,12 @@ def check_folder(folder: Path) -> None:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns side by side: the first, and those of words, aligned to the left, those of numbers to the right."""
+    """Columns side by side: the first, and those mostly of words, aligned to the left, others to the right."""
     padded = []
     for number, (name, *cells) in enumerate(zip(header, *rows, strict=True)):
         width = max(map(len, (name, *cells)))
-        is_words = number == 0 or not all(NUMBER.match(cell) for cell in cells if cell)
+        filled = [cell for cell in cells if cell]
+        is_words = number == 0 or 2 * sum(bool(NUMBER.match(cell)) for cell in filled) < len(filled)
         padded.append([cell.ljust(width) if is_words else cell.rjust(width) for cell in (name, "-" * width, *cells)])
     return "\n".join("  ".join(row).rstrip() for row in zip(*padded, strict=True))
 

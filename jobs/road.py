@@ -42,11 +42,13 @@ def run(arguments: argparse.Namespace) -> Outcome:
 def walk(config: Path, overrides: Sequence[str]) -> Outcome:
     """Walk the road of a configuration file. Exit code 1 if the model didn't pass the gate."""
     from jobs.chain import load_road, run_road
+    from pipelines.runtime import is_submitted
     from pipelines.tracking import mlflow_uri, redact
 
     result = run_road(load_road(config, overrides))
     uri = redact(mlflow_uri(result.storage))
-    return Outcome(describe(result, uri), to_json(result, uri), EXIT_FAILED if result.refusal else EXIT_DONE)
+    told = describe(result, uri, is_submitted=is_submitted())
+    return Outcome(told, to_json(result, uri), EXIT_FAILED if result.refusal else EXIT_DONE)
 
 
 def to_json(result: RoadResult, mlflow_uri: str) -> dict[str, Any]:
@@ -65,21 +67,34 @@ def to_json(result: RoadResult, mlflow_uri: str) -> dict[str, Any]:
     }
 
 
-def describe(result: RoadResult, mlflow_uri: str) -> str:
-    """The tables, and where to look."""
-    jobs = [_job_row(report) for report in result.reports]
+def describe(result: RoadResult, mlflow_uri: str, is_submitted: bool) -> str:
+    """The tables, and where to look: from here, or, of a submitted job, from where it was submitted.
+
+    CPU seconds are this machine's, so a submitted job, which works on others, doesn't tell them; MLflow does.
+    """
+    jobs = [["job", "seconds", "CPU s", "samples/s", "loss first -> last"], *map(_job_row, result.reports)]
     jobs.append(["total", f"{result.seconds:.1f}", f"{result.cpu_seconds:.1f}", "", ""])
-    lines = ["", format_table(["job", "seconds", "CPU s", "samples/s", "loss first -> last"], jobs), ""]
+    if is_submitted:
+        for row in jobs:
+            del row[2]
+    lines = ["", format_table(jobs[0], jobs[1:]), ""]
     rows = [_score_row("base", result.base_scores), _score_row(f"version {result.version}", result.scores)]
     header = ["held-out prompts", *SCORES[:-1], "explicit", "editing", "understanding", "(majority)"]
     lines += [format_table(header, rows), ""]
-    command = Path(sys.executable).with_name("nexusgen")
+    if is_submitted:
+        command = Path("nexusgen")
+        serve = f"submit serve jobs/configs/demo/serve.yaml storage={result.storage} host=0.0.0.0 --address ADDRESS"
+        mlflow = mlflow_uri
+    else:
+        command = Path(sys.executable).with_name("nexusgen")
+        serve = f"serve {Path(__file__).parent / 'configs/demo/serve.yaml'} storage={result.storage}"
+        mlflow = f"{command.with_name('mlflow')} ui --backend-store-uri {mlflow_uri}"
     lines += [
         f"pictures   {result.samples}",
         f"model      {result.model}",
         f"draw       {command} generate 'a red circle' -o circle.png --storage {result.storage}",
-        f"serve      {command} serve {Path(__file__).parent / 'configs/demo/serve.yaml'} storage={result.storage}",
-        f"MLflow     {Path(sys.executable).with_name('mlflow')} ui --backend-store-uri {mlflow_uri}",
+        f"serve      {command} {serve}",
+        f"MLflow     {mlflow}",
     ]
     if result.refusal:
         lines += ["", f"NOT PROMOTED: {result.refusal}"]

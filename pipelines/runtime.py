@@ -141,7 +141,7 @@ def require_cpus(num_cpus_needed: float, why: str, *, patience_s: float = FREE_C
     """
     import ray
 
-    waits_for_nodes = _JOB_CONFIG in os.environ
+    waits_for_nodes = is_submitted()
     started = time.monotonic()
     asked_at: float | None = None
     while True:
@@ -252,6 +252,11 @@ def holds_secret(address: str) -> bool:
     return _SECRET_IN_URI.search(address) is not None
 
 
+def is_submitted() -> bool:
+    """Whether this process is the driver of a job that was submitted to a cluster, where nobody sits in front of it."""
+    return _JOB_CONFIG in os.environ
+
+
 def is_ray_initialised() -> bool:
     """Whether this process is connected to Ray; doesn't import it."""
     ray = sys.modules.get("ray")  # importing ray takes a second, and a refusal needs none of it
@@ -325,7 +330,7 @@ def _worker_environment() -> dict[str, str]:
     # An actor computes in another thread than its first, and decodes in more: with an arena for each, the C library
     # keeps giving large buffers back to the system and asking for them anew, half of all system time of `embed`.
     wanted = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
-    if _JOB_CONFIG not in os.environ:
+    if not is_submitted():
         for name, value in os.environ.items():
             if name in _FORWARDED or name.startswith(_FORWARDED_PREFIXES):
                 wanted[name] = value
