@@ -38,7 +38,7 @@ DEMO_CONFIGS = Path(__file__).parent / "configs" / "demo"
 DEFAULT_STORAGE = "runs/demo"
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # of pictures that a command writes
 
-NUMBER = re.compile(r"[-+]?\d")  # how a table's cell begins that holds one
+MAX_UNIT = 3  # letters beside a number
 MAX_SIDES = {"JPEG": 65_500, "WEBP": 16_383}  # pixels; libjpeg's and libwebp's limits
 
 # Set before the libraries are imported, in this process and those that it starts; what the user has set stays.
@@ -362,9 +362,14 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     for number, (name, *cells) in enumerate(zip(header, *rows, strict=True)):
         width = max(map(len, (name, *cells)))
         filled = [cell for cell in cells if cell]
-        is_words = number == 0 or 2 * sum(bool(NUMBER.match(cell)) for cell in filled) < len(filled)
+        is_words = number == 0 or 2 * sum(map(_is_number, filled)) < len(filled)
         padded.append([cell.ljust(width) if is_words else cell.rjust(width) for cell in (name, "-" * width, *cells)])
     return "\n".join("  ".join(row).rstrip() for row in zip(*padded, strict=True))
+
+
+def _is_number(cell: str) -> bool:
+    """Whether a cell holds a number, perhaps with a unit, and not a formula or sentence that begins with one."""
+    return bool(re.match(r"[-+]?\d", cell)) and sum(map(str.isalpha, cell)) <= MAX_UNIT
 
 
 def _be_quiet() -> None:

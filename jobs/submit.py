@@ -33,7 +33,6 @@ NAME = "submit"
 HELP = "Run a job on a Ray cluster: submit it once, follow it, continue it after a failure."
 
 JOBS = ("road", "pack", "embed", "train", "register", "evaluate", "serve")
-MODULES = {"register": "registry"}  # of pipelines, where the name isn't the job's
 SECOND_INTERRUPT_S = 5.0  # after a Ctrl-C, for another one
 PLACES = ("storage", "input", "images", "model", "against", "canary", "also")  # keys that may name a folder
 FILES = ("drop_keys", "prompts")  # keys that name a file, which travels
@@ -222,7 +221,7 @@ def _load(job: str, path: Path, overrides: list[str]) -> Config:
         from jobs.chain import load_road
 
         return load_road(path, overrides)
-    module = importlib.import_module(f"pipelines.{MODULES.get(job, job)}")
+    module = importlib.import_module(f"pipelines.{job}")
     return load_config(getattr(module, f"{job.capitalize()}Config"), path, overrides)
 
 

@@ -44,7 +44,7 @@ from nexusgen.config import Config
 from nexusgen.errors import InputError, ModelError, ResourceError
 from pipelines import process_use, storage
 
-if TYPE_CHECKING:  # the registry finds checkpoints without torch
+if TYPE_CHECKING:  # `register` finds checkpoints without torch
     from jaxtyping import Shaped
     from torch import Tensor, nn
     from torch.distributed.checkpoint.metadata import Metadata

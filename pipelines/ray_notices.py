@@ -116,8 +116,8 @@ def stop_watched(uri: str) -> Iterator[None]:
 
 
 @contextmanager
-def saved_on_sigterm(uri: str, told: str) -> Iterator[None]:
-    """While the driver waits in the body, a first SIGTERM makes rank 0 end the training through `uri`.
+def saved_on_sigterm(uri: str, told: str) -> Iterator[threading.Event]:
+    """While the driver waits in the body, a first SIGTERM makes rank 0 end the training through `uri`; gives its event.
 
     Signals belong to the main thread: in another one nothing is done. A second SIGTERM ends the driver at once.
     """
@@ -140,7 +140,7 @@ def saved_on_sigterm(uri: str, told: str) -> Iterator[None]:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)
     try:
-        yield
+        yield came
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, previous)

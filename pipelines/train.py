@@ -85,7 +85,8 @@ class TrainConfig(Config):
 
     # [min, max]: as many as there is room for, at any time. A step is cut as for max; fewer take more of it each.
     num_workers: int | tuple[int, int] = 1
-    # Of the workers, from the last checkpoint, when one or its node dies. More, without a step saved meanwhile, end it.
+    # Of the workers, from the last checkpoint, when one or its node dies. When they are used up, the training ends; if
+    # steps were saved meanwhile, they are counted anew.
     max_restarts: int = Field(default=3, ge=0)
     parallelism: Literal["replicated", "fsdp"] = "replicated"  # of weights, gradients and optimizer
     accumulate: int = Field(default=1, ge=1)  # micro-batches that a worker, of the most, makes of its part of a step
@@ -302,8 +303,8 @@ def _fit(config: TrainConfig, run_id: str, place: str) -> None:
     """Run `_work` on the workers until the last step.
 
     Ray Train counts restarts for good, and a long training on machines that come and go would use up any number. So
-    where they are used up, but steps were saved meanwhile, it begins anew.
-    Raises: the workers' own NexusgenError; ResourceError if they die again and again without a step being saved.
+    when they are used up, but steps were saved meanwhile, they are counted anew.
+    Raises: the workers' own NexusgenError; ResourceError if restarts are used up without a step being saved meanwhile.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -318,10 +319,12 @@ def _fit(config: TrainConfig, run_id: str, place: str) -> None:
         "num_workers": config.num_workers,
         "elastic_resize_monitor_interval_s": RESIZE_EVERY_S,
     }
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    on_interrupt = signal.getsignal(signal.SIGINT)
 
     def fit() -> None:
         callbacks: list[Any] = [SignalCallback(), ResizeCallback()]
-        TorchTrainer(
+        trainer = TorchTrainer(
             _work,
             train_loop_config={"config": config.model_dump(mode="json"), "run_id": run_id, "place": place},
             scaling_config=ScalingConfig(
@@ -336,13 +339,16 @@ def _fit(config: TrainConfig, run_id: str, place: str) -> None:
                 callbacks=callbacks,
             ),
             torch_config=TorchConfig(backend="nccl" if config.gpus_per_worker else "gloo"),
-        ).fit()
+        )
+        try:
+            trainer.fit()
+        finally:
+            if is_main_thread and on_interrupt is not None:
+                signal.signal(signal.SIGINT, on_interrupt)  # Ray leaves its handler behind
 
-    is_main_thread = threading.current_thread() is threading.main_thread()
-    on_interrupt = signal.getsignal(signal.SIGINT)
     told = f"train {config.stage}: SIGTERM; it saves after this step and ends, a second SIGTERM ends it at once"
     try:
-        with saved_on_sigterm(stop_uri, told):
+        with saved_on_sigterm(stop_uri, told) as is_told_to_end:
             is_through = False
             while not is_through:
                 saved = _saved_step(place)
@@ -350,14 +356,15 @@ def _fit(config: TrainConfig, run_id: str, place: str) -> None:
                     fit()
                     is_through = True
                 except WorkerGroupError as error:
+                    _raise_own_fault(error, WorkerStoppedError, ResourceError)  # what may pass isn't final
+                    if is_told_to_end.is_set():
+                        raise KeyboardInterrupt from None
                     _check_goes_on(config, error, saved, _saved_step(place))
     except SystemExit:  # how Ray's own handler of SIGINT, which aborts the workers, ends the driver
         if is_main_thread:
             raise KeyboardInterrupt from None
         raise  # Ray went down under this thread; the main thread knows why
     finally:
-        if is_main_thread and on_interrupt is not None:
-            signal.signal(signal.SIGINT, on_interrupt)  # Ray leaves its handler behind
         storage.delete(stop_uri)
         if not storage.is_remote(scratch):
             shutil.rmtree(storage.local_path(scratch), ignore_errors=True)
@@ -369,28 +376,26 @@ def _saved_step(place: str) -> int:
     return found.meta.step if found is not None else 0
 
 
+def _raise_own_fault(error: WorkerGroupError, *but_not: type[NexusgenError]) -> None:
+    """Raises: the NexusgenError that a worker raised, if one did."""
+    for failure in error.worker_failures.values():
+        if isinstance(failure, NexusgenError) and not isinstance(failure, but_not):
+            raise failure from None
+
+
 def _check_goes_on(config: TrainConfig, error: WorkerGroupError, saved_before: int, saved: int) -> None:
-    """Raises: as `_fit`, if a training whose restarts are used up would only end so again."""
-    failures = error.worker_failures.values()
-    raised = [failure._base_exc for failure in failures if hasattr(failure, "_base_exc")]  # with Ray's traceback around
-    faults = [cause for cause in raised if not isinstance(cause, WorkerStoppedError)]
-    for fault in faults:
-        if isinstance(fault, NexusgenError):
-            raise fault from None
-    if saved == saved_before:
-        if faults:
-            raise error
+    """Raises: ResourceError if no step was saved while the restarts were used up: a worker's own, or that they died."""
+    count = f"{config.max_restarts + 1} time(s)"
+    if saved <= saved_before:
+        _raise_own_fault(error, WorkerStoppedError)
+        print(error, file=sys.stderr, flush=True)  # with the tracebacks of the workers
         raise ResourceError(
-            f"train {config.stage}: its workers ended early {config.max_restarts + 1} time(s) since step {saved} was "
-            f"saved (max_restarts={config.max_restarts}). Start it again and it goes on from there; if nodes go so "
-            "often, save more often (checkpoint_every)"
+            f"train {config.stage}: its workers ended early {count} (max_restarts={config.max_restarts}) and saved no "
+            f"step meanwhile, the last is {saved}. The reason stands above; started again, it goes on from there. If "
+            "nodes go so often, save more often (checkpoint_every)"
         ) from error
-    print(
-        f"train {config.stage}: its workers ended early {config.max_restarts + 1} time(s), but step {saved} is saved: "
-        "they are started again",
-        file=sys.stderr,
-        flush=True,
-    )
+    told = f"train {config.stage}: its workers ended early {count}, but step {saved} is saved: they are started again"
+    print(told, file=sys.stderr, flush=True)
 
 
 def _work(job: Mapping[str, Any]) -> None:

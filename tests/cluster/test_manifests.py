@@ -15,7 +15,7 @@ import pytest
 import ray.autoscaler
 import yaml
 from compose_spec import PyOptions
-from manifests import CLUSTER, CLUSTER_SPECS, OVERLAYS, ROOT, groups, kustomized, pods, ray_up
+from manifests import CLUSTER, CLUSTER_SPECS, OVERLAYS, ROOT, cluster_spec, groups, kustomized, pods, ray_up
 
 from pipelines import submit
 
@@ -130,10 +130,7 @@ def test_all_three_kinds_have_the_same_cluster() -> None:
     specs = {}
     for path in (CLUSTER / "kuberay" / "base").glob("ray-*.yaml"):
         resource = yaml.safe_load(path.read_text())
-        spec = resource["spec"]
-        for key in CLUSTER_SPECS[resource["kind"]]:
-            spec = spec[key]
-        specs[resource["kind"]] = spec
+        specs[resource["kind"]] = cluster_spec(resource)
     for group in specs["RayService"]["workerGroupSpecs"]:
         del group["template"]["spec"]["containers"][0]["readinessProbe"]  # its workers run no proxy of Serve
     assert specs.keys() == CLUSTER_SPECS.keys()

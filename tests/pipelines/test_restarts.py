@@ -26,7 +26,7 @@ from test_train import make_config
 
 from jobs.command import EXIT_INTERRUPTED
 from nexusgen.config import dump_config
-from nexusgen.errors import ResourceError
+from nexusgen.errors import NexusgenError, ResourceError
 from nexusgen.losses import AUTOREGRESSIVE_WEIGHTS
 from pipelines import checkpoint
 from pipelines.runtime import RayCluster
@@ -150,7 +150,7 @@ def test_a_killed_worker_costs_steps_but_changes_no_bit(
     killer.start()
     report = train(config)
     killer.join()
-    told = r"train ar: its workers ended early 1 time\(s\), but step \d+ is saved: they are started again\n"
+    told = r"train ar: its workers ended early 1 time\(s\), but step \d+ is saved: they are started again"
     assert re.search(told, capfd.readouterr().err)
     assert report.outputs["step"] == NUM_STEPS
     history = losses_in_mlflow(config, report.outputs["run_id"])
@@ -169,9 +169,21 @@ def test_a_training_whose_workers_die_before_a_step_is_saved_ends(
     config = calm[0].model_copy(update=update)
     killer = threading.Thread(target=signal_a_worker, args=(config, signal.SIGKILL, 2))
     killer.start()
-    with pytest.raises(ResourceError, match=r"ended early 1 time\(s\) since step 0 was saved \(max_restarts=0\)"):
+    told = r"ended early 1 time\(s\) \(max_restarts=0\) and saved no step meanwhile, the last is 0"
+    with pytest.raises(ResourceError, match=told):
         train(config)
     killer.join()
+
+
+def test_what_a_worker_finds_wrong_ends_a_training_though_steps_are_saved(
+    calm: tuple[TrainConfig, Mapping[int, float]], ray_cluster: RayCluster
+) -> None:
+    update = {"name": "faulty", "max_restarts": 0, "checkpoint_every": 5}
+    update |= {"max_gradient_ratio": 1.0001, "max_skipped_steps": 0}
+    config = calm[0].model_copy(update=update)
+    with pytest.raises(NexusgenError, match=r"steps were skipped.*max_gradient_ratio"):
+        train(config)
+    assert checkpoint.latest(str(place_of(config))) is not None
 
 
 def test_a_worker_that_is_told_to_end_saves_first_and_no_step_is_computed_again(

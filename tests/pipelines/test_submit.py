@@ -150,6 +150,14 @@ def test_an_id_tells_stage_or_mode() -> None:
     assert read_work("pack", "pack.yaml").id.startswith("pack-demo-")
 
 
+def test_every_job_has_a_configuration_of_its_own() -> None:
+    for job in submit_command.JOBS:
+        name = {"embed": "embed_vision", "train": "train_ar"}.get(job, job)
+        overrides = {"embed": ["input=s3://b/t"], "evaluate": ["model=demo-base"]}.get(job, [])
+        work = read_work(job, f"{name}.yaml", *overrides)
+        assert work.job == job
+
+
 def test_a_file_that_a_setting_names_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     embed = ("embed", "embed_vision.yaml", "input=s3://b/t")
