@@ -158,10 +158,13 @@ def check(config: ServeConfig) -> None:
         try:
             probe.bind((config.host, config.port))
         except OSError as error:
-            raise ResourceError(
-                f"cannot listen on {config.host}:{config.port}: {error.strerror or error}; "
-                "stop what listens there or choose another port=NUMBER"
-            ) from None
+            raise _cannot_listen(config, error.strerror or str(error)) from None
+
+
+def _cannot_listen(config: ServeConfig, why: str) -> ResourceError:
+    return ResourceError(
+        f"cannot listen on {config.host}:{config.port}: {why}; stop what listens there or choose another port=NUMBER"
+    )
 
 
 def start(config: ServeConfig) -> str:
@@ -172,7 +175,11 @@ def start(config: ServeConfig) -> str:
     check(config)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     quiet = {"log_level": "WARNING", "enable_access_log": False}
-    ray_serve.start(proxy_location="HeadOnly", http_options=_http_options(config), logging_config=quiet)
+    try:
+        ray_serve.start(proxy_location="HeadOnly", http_options=_http_options(config), logging_config=quiet)
+    except RuntimeError as error:  # taken since it was looked at, or on a head that is another machine than this
+        shutdown()  # half started, it would neither listen nor let another start listen
+        raise _cannot_listen(config, str(error).splitlines()[-1]) from error
     try:
         ray_serve.run(build_app(_settled(config)), name=APP_NAME, route_prefix="/", logging_config=quiet)
     except RuntimeError as error:

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import io
 import json
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from PIL import Image
 from plain_libraries import open_with_plain_libraries
+from servers import free_port
+from test_serve import served
 from tiny_training import make_tiny_model
 
 from jobs import cli
@@ -211,12 +212,9 @@ def test_a_model_that_the_gate_refuses_is_shown_and_fails(
 
 @pytest.fixture(scope="module")
 def url(report: dict[str, Any], ray_cluster: Any, folder: Path) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    config = serve.ServeConfig(storage=str(folder), model="models:/nexusgen@champion", port=port)
-    yield serve.start(config)
-    serve.shutdown()
+    config = serve.ServeConfig(storage=str(folder), model="models:/nexusgen@champion", port=free_port())
+    with served(config) as address:
+        yield address
 
 
 def test_champion_answers_over_http(url: str, report: dict[str, Any], folder: Path, tmp_path: Path) -> None:

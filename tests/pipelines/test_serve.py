@@ -72,8 +72,10 @@ def served(config: ServeConfig) -> Iterator[str]:
     """Its address, as long as the body runs. MLflow is embedded in the storage, whatever the environment says."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        yield serve.start(config)
-    serve.shutdown()
+        try:
+            yield serve.start(config)
+        finally:
+            serve.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +133,19 @@ def test_what_would_fail_late_is_found_first(tmp_path: Path, base: Path) -> None
         port = taken.getsockname()[1]
         with pytest.raises(ResourceError, match=f"127.0.0.1:{port}.*another port"):
             serve.check(ServeConfig(storage=str(tmp_path), model=str(base), port=port))
+
+
+def test_a_port_that_is_taken_meanwhile_is_named_and_nothing_half_started_is_left(
+    ray_cluster: Any, config: ServeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left would keep the next start, which is that of all tests below, from listening anywhere."""
+    port = free_port()
+    monkeypatch.setattr(serve, "check", lambda config: None)  # it has looked too early
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        with pytest.raises(ResourceError, match=f"cannot listen on 127.0.0.1:{port}.*another port"):
+            serve.start(config.model_copy(update={"port": port}))
 
 
 def test_pictures_and_answers_equal_those_of_the_commands(url: str, folders: tuple[Path, Path]) -> None:

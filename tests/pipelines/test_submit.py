@@ -6,7 +6,6 @@ import http.server
 import json
 import platform
 import signal
-import socket
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ import httpx
 import pytest
 import ray
 from cluster_site import BUCKET, SECRETS, Site, site
+from servers import free_port
 
 from jobs import cli
 from jobs import submit as submit_command
@@ -322,9 +322,7 @@ def test_another_version_is_refused(place: Site, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.nodes
 @pytest.mark.timeout(1500)
 def test_a_job_is_attached_to_left_stopped_and_submitted_again(place: Site) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     serve = ("serve", DEMO_CONFIGS / "serve.yaml", f"storage={STORAGE}", f"port={port}", "model=demo-base")
     at = ("--address", place.address)
     code, out, err = place.run("submit", *serve, *at, "--no-follow", "--json")
